@@ -1,0 +1,48 @@
+"""What can go wrong, and whose turn it is.
+
+    ShardedAvgError
+      ConfigError            an argument that cannot be                      -> change the argument
+      UnsupportedModelError  a model or engine that no layout can cut        -> the message says what to pass instead
+      LayoutChangedError     the model was wrapped or re-cut after the fact  -> build the average after the last wrapping
+      EngineVersionError     an engine without the internals we rely on      -> install a version named in the message
+      NotStartedError        no update has happened, so there is no average  -> train first, or look at the live weights
+      SwapError              something that cannot be done while swapped     -> leave `with average.swapped():` first
+      PeerError              another rank failed in the same collective call -> read that rank's traceback
+      CheckpointError        a saved average that does not fit, or is torn   -> the message lists what is missing
+"""
+
+
+class ShardedAvgError(Exception):
+    """Base of everything that this package raises on purpose."""
+
+
+class ConfigError(ShardedAvgError, ValueError):
+    """An argument has a value or type that cannot be."""
+
+
+class UnsupportedModelError(ShardedAvgError, TypeError):
+    """No layout can average this model as it stands; nothing was averaged."""
+
+
+class LayoutChangedError(ShardedAvgError, RuntimeError):
+    """The model is no longer cut the way it was when the average was made."""
+
+
+class EngineVersionError(ShardedAvgError, ImportError):
+    """An installed engine lacks the internals that its layout relies on."""
+
+
+class NotStartedError(ShardedAvgError, RuntimeError):
+    """An average was asked for before its first update."""
+
+
+class SwapError(ShardedAvgError, RuntimeError):
+    """The call is not possible while live and averaged weights are exchanged."""
+
+
+class PeerError(ShardedAvgError, RuntimeError):
+    """Another rank failed in a collective call; this rank undid its own part."""
+
+
+class CheckpointError(ShardedAvgError, RuntimeError):
+    """A saved average is missing, torn, or does not fit the model."""

@@ -1,0 +1,86 @@
+"""Who cut the model, and how: the whole surface that an engine has to provide.
+
+A layout turns one engine's parameters into Shards and knows three things about them that a Shard cannot know: how to
+make the engine forget stale full copies (`release`), how to spread values that one rank wrote into replicated copies
+(`publish`), and whether the engine skipped its last step. Rules, stores, swaps, gathering and checkpoints are written
+once, on Shards. `replicated.py` is the template for a new layout.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from .. import names
+from ..shard import Shard
+
+
+class AbstractLayout(ABC):
+    """One engine's cut of one model. Methods are local unless their first line says "Collective".
+
+    Contract of `shards()`:
+    - every parameter and persistent buffer has exactly one Shard on every rank, possibly with zero elements;
+    - over the ranks of `group` the regions of one name cover the full tensor; ranks that replicate a piece report
+      equal regions; padding added by the engine is in no region;
+    - shards that lie together in memory follow each other in memory order;
+    - names are clean, and tied tensors appear once, under their first name in `state_dict()` order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the model together; `None` where each process holds all of it."""
+
+    @classmethod
+    @abstractmethod
+    def claims(cls, model: nn.Module) -> bool:
+        """Whether this layout recognises `model`; must not import the engine to find out."""
+
+    @abstractmethod
+    def shards(self) -> list[Shard]:
+        """This rank's live pieces; call `release()` first. Raises `UnsupportedModelError` for what it cannot cut."""
+
+    @abstractmethod
+    def is_current(self) -> bool:
+        """Whether the tensors of the last `shards()` are still the live ones. Called at every update: keep it cheap."""
+
+    @property
+    @abstractmethod
+    def aliases(self) -> Mapping[str, str]:
+        """Second and further names of tied tensors -> the name that their Shard has. Valid after `shards()`."""
+
+    def adopt(self, averaged: Iterable[str]) -> None:
+        """Learn which parameters are averaged from now on, in the same order on every rank; later calls add more.
+
+        Only a layout that divides replicated parameters among the ranks needs this, to cut them evenly.
+        """
+
+    def release(self) -> None:
+        """Drop unsharded copies that a forward left behind, so that the next forward reads the shards."""
+
+    def publish(self) -> None:
+        """Collective: all ranks must call. Spread what ranks wrote into their `Shard.target` to every replica."""
+
+    @property
+    def publishes(self) -> bool:
+        """Whether `publish` communicates."""
+        return False
+
+    def step_was_skipped(self) -> bool:
+        """Whether the engine's last `step()` changed no weights (overflow, or inside gradient accumulation)."""
+        return False
+
+    def state_keys(self) -> list[str]:
+        """Keys of the unwrapped model's `state_dict()` that hold tensors, tied names included, in its order."""
+        return [entry.name for entry in names.entries(self.model)]
+
+    def extra_state(self) -> dict[str, Any]:
+        """The non-tensor part of the unwrapped model's `state_dict()`."""
+        return names.extra_state(self.model)

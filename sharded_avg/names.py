@@ -1,0 +1,91 @@
+"""Fully qualified names as the user's own module knows them, whatever wraps it.
+
+An Entry is one key of the unwrapped model's `state_dict()` that holds a parameter or buffer, with the dictionary slot
+that the live tensor is read from. Slots, not tensors, are kept: `.to()`, re-assigned buffers and re-registered
+parameters change the tensor in the slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# A wrapper registers the wrapped module as the only child, under one of these names: FSDP1, activation checkpointing
+# and offload, torch.compile. DDP's "module" is too common a word to be recognised by name alone.
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter or persistent buffer: `slot[key]` is the live tensor."""
+
+    name: str
+    slot: dict[str, Any]
+    key: str
+    is_buffer: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        value: Tensor = self.slot[self.key]
+        return value
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside any number of wrappers."""
+    while True:
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            module = module.module
+            continue
+        inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under its clean prefix ("" or "a.b."), wrappers left out, shared modules under each of their names."""
+    module = unwrap(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}{name}.")
+
+
+def entries(model: nn.Module) -> list[Entry]:
+    """Every parameter and persistent buffer, in `state_dict()` order; tied ones under each of their names."""
+    found = []
+    for prefix, module in walk(model):
+        for key, value in module._parameters.items():
+            if value is not None:
+                found.append(Entry(prefix + key, module._parameters, key, is_buffer=False))
+        for key, value in module._buffers.items():
+            if value is not None and key not in module._non_persistent_buffers_set:
+                found.append(Entry(prefix + key, module._buffers, key, is_buffer=True))
+    return found
+
+
+def split_ties(all_entries: list[Entry]) -> tuple[list[Entry], dict[str, str]]:
+    """The first entry of each tensor, and a map from every other name to that first name."""
+    first: dict[int, str] = {}
+    unique, aliases = [], {}
+    for entry in all_entries:
+        key = id(entry.tensor)
+        if key in first:
+            aliases[entry.name] = first[key]
+        else:
+            first[key] = entry.name
+            unique.append(entry)
+    return unique, aliases
+
+
+def extra_state(model: nn.Module) -> dict[str, Any]:
+    """What modules that define `get_extra_state` add to `state_dict()`, under the keys it has there."""
+    return {
+        f"{prefix}_extra_state": module.get_extra_state()
+        for prefix, module in walk(model)
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
