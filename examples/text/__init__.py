@@ -1,0 +1,1 @@
+"""The parts of the text example that have nothing to do with averaging."""
