@@ -1,14 +1,14 @@
 """What can go wrong, and whose turn it is.
 
-    ShardedAvgError
-      ConfigError            an argument that cannot be                      -> change the argument
-      UnsupportedModelError  a model or engine that no layout can cut        -> the message says what to pass instead
-      LayoutChangedError     the model was wrapped or re-cut after the fact  -> build the average after the last wrapping
-      EngineVersionError     an engine without the internals we rely on      -> install a version named in the message
-      NotStartedError        no update has happened, so there is no average  -> train first, or look at the live weights
-      SwapError              something that cannot be done while swapped     -> leave `with average.swapped():` first
-      PeerError              another rank failed in the same collective call -> read that rank's traceback
-      CheckpointError        a saved average that does not fit, or is torn   -> the message lists what is missing
+ShardedAvgError
+  ConfigError            an argument that cannot be                      -> change the argument
+  UnsupportedModelError  a model or engine that no layout can cut        -> pass what the message says
+  LayoutChangedError     the model was wrapped or re-cut after the fact  -> build the average after the last wrapping
+  EngineVersionError     an engine without the internals we rely on      -> install a version named in the message
+  NotStartedError        no update has happened, so there is no average  -> train first, or look at the live weights
+  SwapError              something that cannot be done while swapped     -> leave `with average.swapped():` first
+  PeerError              another rank failed in the same collective call -> read that rank's traceback
+  CheckpointError        a saved average that does not fit, or is torn   -> the message lists what is missing
 """
 
 

@@ -47,7 +47,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under its clean prefix ("" or "a.b."), wrappers left out, shared modules under each of their names."""
+    """Every module under its clean prefix ("" or "a.b."), without wrappers; shared ones under each of their names."""
     module = unwrap(module)
     yield prefix, module
     for name, child in module._modules.items():
@@ -59,11 +59,11 @@ def entries(model: nn.Module) -> list[Entry]:
     """Every parameter and persistent buffer, in `state_dict()` order; tied ones under each of their names."""
     found = []
     for prefix, module in walk(model):
-        for key, value in module._parameters.items():
-            if value is not None:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
                 found.append(Entry(prefix + key, module._parameters, key, is_buffer=False))
-        for key, value in module._buffers.items():
-            if value is not None and key not in module._non_persistent_buffers_set:
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
                 found.append(Entry(prefix + key, module._buffers, key, is_buffer=True))
     return found
 

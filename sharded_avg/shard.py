@@ -100,7 +100,7 @@ def patches(region: Region, shape: tuple[int, ...]) -> list[Patch]:
 
 
 def take(full: Tensor, region: Region) -> Tensor:
-    """The elements of `full` in `region`: a view for a Box, 1-D (a copy if `full` is not contiguous) for an Interval."""
+    """The elements of `full` in `region`: a view; 1-D, and a copy if `full` is not contiguous, for an Interval."""
     if isinstance(region, Interval):
         return full.reshape(-1)[region.start : region.stop]
     for dim, (offset, length) in enumerate(zip(region.offsets, region.lengths, strict=True)):

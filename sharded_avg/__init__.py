@@ -1,0 +1,45 @@
+"""Averages of a model's weights, kept sharded beside its parameters.
+
+from sharded_avg import EMA, ShardedAverage
+
+average = ShardedAverage(model, EMA(decay=0.999))
+...
+average.update()                # after every optimizer step
+with average.swapped():         # the model computes with averaged weights
+    evaluate(model)
+"""
+
+from .averager import ShardedAverage
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    EngineVersionError,
+    LayoutChangedError,
+    NotStartedError,
+    PeerError,
+    ShardedAvgError,
+    SwapError,
+    UnsupportedModelError,
+)
+from .rules import EMA, SWA, AbstractRule, CustomRule
+from .schedule import Schedule
+from .version import __version__
+
+__all__ = [
+    "EMA",
+    "SWA",
+    "AbstractRule",
+    "CheckpointError",
+    "ConfigError",
+    "CustomRule",
+    "EngineVersionError",
+    "LayoutChangedError",
+    "NotStartedError",
+    "PeerError",
+    "Schedule",
+    "ShardedAverage",
+    "ShardedAvgError",
+    "SwapError",
+    "UnsupportedModelError",
+    "__version__",
+]

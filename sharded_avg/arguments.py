@@ -1,0 +1,84 @@
+"""What `ShardedAverage` is given, checked: each function returns a value in its canonical form or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .errors import ConfigError
+from .rules import AbstractRule
+from .schedule import Schedule, WhenFn
+
+DEFAULT_NAME = "average"
+MANIFEST_KEY = "manifest"  # stands beside the averages' names in a state dict
+BUFFER_POLICIES = ("copy", "average")
+
+
+def as_rules(rule: AbstractRule | Mapping[str, AbstractRule]) -> dict[str, AbstractRule]:
+    """The rules by name; a single one is called "average"."""
+    rules = {DEFAULT_NAME: rule} if isinstance(rule, AbstractRule) else rule
+    if not isinstance(rules, Mapping) or not rules:
+        raise ConfigError(
+            f"rule={rule!r}: give a rule such as EMA(decay=0.999), or a non-empty mapping of names to rules; wrap a "
+            "function of your own in CustomRule(avg_fn=...)"
+        )
+    for name, value in rules.items():
+        if not isinstance(name, str) or not name or name == MANIFEST_KEY or set(name) & set("./\\"):
+            raise ConfigError(
+                f"rule={{{name!r}: ...}}: an average's name is a non-empty string without dots and slashes, and not "
+                f"{MANIFEST_KEY!r}"
+            )
+        if not isinstance(value, AbstractRule):
+            raise ConfigError(
+                f"rule={{{name!r}: {value!r}}}: not a rule; use EMA(...), SWA() or CustomRule(avg_fn=...)"
+            )
+    return dict(rules)
+
+
+def as_schedule(schedule: WhenFn | None) -> WhenFn:
+    """The schedule; every step if `None`."""
+    if schedule is None:
+        return Schedule()
+    if not callable(schedule):
+        raise ConfigError(
+            f"schedule={schedule!r}: give Schedule(every_steps=..., start_step=...) or a callable from the step "
+            "(counted from 1) to a bool"
+        )
+    return schedule
+
+
+def as_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """A floating-point or complex dtype, or `None` for each parameter's own."""
+    if dtype is None or (
+        isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
+    ):
+        return dtype
+    raise ConfigError(
+        f"dtype={dtype!r}: averages are stored in a floating-point dtype of at least 16 bits, for example "
+        "torch.float32, or None for each parameter's own"
+    )
+
+
+def as_device(device: torch.device | str | None) -> torch.device | None:
+    """A device that this process can allocate on, with its index; `None` for where each shard lives."""
+    if device is None:
+        return None
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"device={device!r} cannot be used in this process ({error}); use None to keep averages beside the "
+            'shards, or "cpu" for host memory'
+        ) from error
+    if found.type == "meta":
+        raise ConfigError(f'device={device!r} holds no values; use None, or "cpu" for host memory')
+    return found
+
+
+def check_buffers(buffers: str) -> None:
+    """Raise unless `buffers` is a known policy."""
+    if buffers not in BUFFER_POLICIES:
+        raise ConfigError(
+            f'buffers={buffers!r}: "copy" uses the live buffers, "average" averages floating-point persistent ones'
+        )

@@ -1,0 +1,96 @@
+"""Shards as items of torch.distributed.checkpoint (DCP).
+
+A ShardItem stands for one averaged tensor in a DCP state dict: it writes this rank's pieces as Boxes under the
+tensor's own name and full shape, and reads whatever Boxes the plan asks for straight into the store. DCP reshards.
+
+    writing   __create_write_items__ -> one write item for each Box;  __get_tensor_shard__ hands out the values
+    reading   __create_chunk_list__  -> the Boxes wanted;             __get_tensor_shard__ hands out the destination
+
+An average that has not started has nothing to write. Its items then write the word NOT_STARTED, so that the keys
+exist and a checkpoint saved before the first update can be loaded like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from ..errors import CheckpointError
+from ..shard import Box, Patch, Region, patches
+
+NOT_STARTED = "not started"
+
+
+class ShardItem(Tensor):
+    """One averaged tensor in a DCP state dict.
+
+    DCP takes only tensors apart, so this is one: it has the full shape and dtype and no data, and refuses arithmetic.
+    `values()` returns the local average, shaped like the region; it is called when bytes move, and allocates the
+    store if there is none yet. `started` is False before the first update.
+    """
+
+    _patches: dict[tuple[int, ...], Patch]
+    _values: Callable[[], Tensor]
+    _started: bool
+
+    @staticmethod
+    def __new__(
+        cls, shape: torch.Size, region: Region, dtype: torch.dtype, values: Callable[[], Tensor], *, started: bool
+    ) -> ShardItem:
+        item: ShardItem = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        item._patches = {patch.box.offsets: patch for patch in patches(region, tuple(shape))}
+        item._values = values
+        item._started = started
+        return item
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise CheckpointError(
+            f"{func} on an item of ShardedAverage.state_dict(): such items hold pieces, not values. Pass the state "
+            "dict to torch.distributed.checkpoint, or use save(), or summon_full_params() for full tensors"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CheckpointError(
+            "an item of ShardedAverage.state_dict() cannot be pickled: it stands for pieces on several ranks. Use "
+            "save() or torch.distributed.checkpoint, or torch.save what summon_full_params() yields"
+        )
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ShardItem({tuple(self.shape)}, {self.dtype}, boxes={[p.box for p in self._patches.values()]})"
+
+    def _chunk(self, box: Box) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        if not self._started:
+            return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(patch.box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=self._chunk(patch.box), properties=properties, size=self.shape),
+            )
+            for patch in self._patches.values()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk(patch.box) for patch in self._patches.values()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor | str:
+        if index.offset is None:
+            return NOT_STARTED
+        return _window(self._values(), self._patches[tuple(index.offset)])
+
+
+def _window(values: Tensor, patch: Patch) -> Tensor:
+    if values.ndim == len(patch.box.lengths) and values.numel() == prod(patch.box.lengths):
+        return values.view(patch.box.lengths) if values.is_contiguous() else values
+    return values.view(-1)[patch.start : patch.stop].view(patch.box.lengths)

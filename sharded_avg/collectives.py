@@ -1,0 +1,96 @@
+"""What ranks say to each other, kept in one place because every line of it can hang.
+
+    agree       every rank learns whether any rank failed, so that all of them raise or none does
+    rendezvous  wait until every rank has come to the same point, or give up after a grace period
+
+A function here is called by every rank of the group, in the same order, or by none.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import PeerError
+
+_POLL_S = 0.02
+_rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls of one group alike
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in `group`; without a group, its rank in the job (0 if there is no process group at all)."""
+    if group is not None:
+        return dist.get_rank(group)
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks in `group`; 1 without one."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def comm_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors must lie to travel over `group`: the CPU if its backend can, else this process's GPU."""
+    if group is None or "cpu:" in dist.get_backend_config(group) or dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def agree(group: dist.ProcessGroup | None, error: BaseException | None, doing: str) -> None:
+    """Collective: all ranks must call. Raise on every rank if any rank brings an `error`: its own, or `PeerError`."""
+    if size_of(group) > 1:
+        failed = torch.tensor([0 if error is None else 1], dtype=torch.int32, device=comm_device(group))
+        dist.all_reduce(failed, group=group)
+        if error is None and int(failed):
+            raise PeerError(
+                f"{int(failed)} other rank(s) failed while {doing}; this rank undid its part. The cause is in the "
+                "traceback of the rank that failed."
+            )
+    if error is not None:
+        raise error
+
+
+def rendezvous(group: dist.ProcessGroup | None, *, wait: bool, grace_s: float) -> bool:
+    """Collective: all ranks must call. Announce that this rank is here; with `wait`, wait for the others.
+
+    False if some rank did not come within `grace_s` seconds. Uses the store, not a collective, so that a rank whose
+    peers never come is not stuck. Without `wait` it returns at once.
+    """
+    if size_of(group) == 1:
+        return True
+    store = dist.distributed_c10d._get_default_store()  # private, but the only store that every job already has
+    group_name = group.group_name if group is not None else "world"
+    _rendezvous_calls[group_name] += 1
+    key = f"sharded_avg/rendezvous/{group_name}/{_rendezvous_calls[group_name]}"
+    arrived = store.add(key, 1)
+    deadline = time.monotonic() + grace_s
+    while wait and arrived < size_of(group) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        arrived = store.add(key, 0)
+    return arrived >= size_of(group) or not wait
+
+
+def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:
+    """Collective: all ranks must call. The small picklable values of all ranks, in rank order."""
+    if size_of(group) == 1:
+        return [value]
+    values: list[Any] = [None] * size_of(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def send(buffer: Tensor, *, group: dist.ProcessGroup, src: int, dst: int | None) -> None:
+    """Collective: all ranks must call. Move `buffer` from group rank `src` to `dst`, or to all if that is `None`."""
+    me, source = dist.get_rank(group), dist.get_global_rank(group, src)
+    if dst is None:
+        dist.broadcast(buffer, src=source, group=group)
+    elif me == src and src != dst:
+        dist.send(buffer, dst=dist.get_global_rank(group, dst), group=group)
+    elif me == dst and src != dst:
+        dist.recv(buffer, src=source, group=group)

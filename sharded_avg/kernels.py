@@ -1,0 +1,108 @@
+"""One pass over memory: how aligned tensors are grouped before elementwise work.
+
+A Row is a tuple of tensors of one shape that are worked on together, for example (live, average) or (live, first
+average, second average). Rows are
+
+    flattened   to 1-D in memory order, where all tensors of the row are dense with the same strides
+    coalesced   with the next row, where each tensor continues the memory of its neighbour (FlatParameters, ZeRO
+                partitions): thousands of parameters become a few calls
+    split       into pieces of a bounded number of elements, so that a scratch buffer is small and stays in cache
+
+Grouping happens once; the work itself allocates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Row = tuple[Tensor, ...]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory without gaps or overlap, in any order of dims."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flatten(row: Row) -> Row:
+    """The same elements as 1-D views in memory order, or the row itself if its tensors are laid out differently."""
+    first = row[0]
+    if first.ndim == 1 and all(tensor.is_contiguous() for tensor in row):
+        return row
+    strides = {tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1) for t in row}
+    if len(strides) != 1 or not is_dense(first):
+        return row
+    return tuple(t.as_strided((t.numel(),), (1,)) for t in row)
+
+
+def _continues(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.ndim == right.ndim == 1
+        and left.dtype == right.dtype
+        and left.device == right.device
+        and left.is_contiguous()
+        and right.is_contiguous()
+        and left.data_ptr() + left.nbytes == right.data_ptr()
+        and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+    )
+
+
+def coalesce(rows: Sequence[Row]) -> list[Row]:
+    """Join neighbouring rows whose tensors all lie one after the other in memory; empty rows vanish."""
+    groups: list[list[Row]] = []
+    for row in map(flatten, rows):
+        if not row[0].numel():
+            continue
+        if groups and all(_continues(a, b) for a, b in zip(groups[-1][-1], row, strict=True)):
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [_joined(group) for group in groups]
+
+
+def _joined(group: list[Row]) -> Row:
+    if len(group) == 1:
+        return group[0]
+    numel = sum(row[0].numel() for row in group)
+    return tuple(tensor.as_strided((numel,), (1,)) for tensor in group[0])
+
+
+def split(row: Row, limit: int) -> Iterator[Row]:
+    """Cut a row into rows of at most `limit` elements, along its first dims."""
+    first = row[0]
+    if first.numel() <= limit:
+        yield row
+    elif first.ndim == 1:
+        for start in range(0, first.numel(), limit):
+            yield tuple(t[start : start + limit] for t in row)
+    else:
+        for parts in zip(*(t.unbind(0) for t in row), strict=True):
+            yield from split(parts, limit)
+
+
+def pack(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+    """Group rows into lists of at most `limit` elements together, cutting long rows."""
+    batch: list[Row] = []
+    size = 0
+    for row in (piece for whole in rows for piece in split(whole, limit)):
+        if size + row[0].numel() > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += row[0].numel()
+    if batch:
+        yield batch
+
+
+def chunk_numel(device: torch.device) -> int:
+    """Elements that one piece of chunked work should have: 1 MiB of fp32 stays in a core's cache, 16 MiB in a GPU's."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22

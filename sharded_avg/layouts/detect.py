@@ -1,0 +1,55 @@
+"""Which layout a model has. Asks each in turn; explains a refusal."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from .. import names
+from ..errors import ConfigError, UnsupportedModelError
+from .base import AbstractLayout
+from .dtensor import DTensorLayout
+from .fsdp1 import Fsdp1Layout
+from .replicated import ReplicatedLayout
+from .zero import ZeroLayout, looks_like_zero
+
+# The most specific first; the last one claims everything.
+LAYOUTS: tuple[type[AbstractLayout], ...] = (ZeroLayout, Fsdp1Layout, DTensorLayout, ReplicatedLayout)
+
+
+def detect(model: nn.Module) -> AbstractLayout:
+    """The layout of `model`: plain, DDP, FSDP, fully_shard'ed, tensor-parallel, or a DeepSpeedEngine.
+
+    Raises `ConfigError` for something that is no module, and `UnsupportedModelError`, with what to do, for a model
+    whose parameters are not there yet or belong to an engine that was not passed.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module or a DeepSpeedEngine, not {type(model).__name__}")
+    if not ZeroLayout.claims(model):
+        _refuse_unfinished(model)
+    return layout_class(model)(model)
+
+
+def layout_class(model: nn.Module) -> type[AbstractLayout]:
+    """The layout that claims `model`."""
+    return next(layout for layout in LAYOUTS if layout.claims(model))
+
+
+def _refuse_unfinished(model: nn.Module) -> None:
+    if looks_like_zero(model):
+        raise UnsupportedModelError(
+            f"the parameters of this {type(model).__name__} belong to DeepSpeed ZeRO, which keeps their values "
+            "elsewhere: pass the engine that deepspeed.initialize returned, not the module inside it"
+        )
+    for entry in names.entries(model):
+        tensor = entry.tensor
+        if isinstance(tensor, UninitializedParameter):
+            raise UnsupportedModelError(
+                f"parameter {entry.name!r} of a lazy module has no shape yet: run one forward pass before building "
+                "the average"
+            )
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"{entry.name!r} is on the meta device and has no values: materialise the model (to_empty and load or "
+                "initialise its weights) before building the average"
+            )

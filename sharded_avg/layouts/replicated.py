@@ -1,0 +1,212 @@
+"""Every process holds every parameter whole: one process, and DistributedDataParallel.
+
+One process averages whole tensors. Under DDP the averages are divided: the averaged parameters of one dtype and
+device are laid end to end, and each rank owns an Interval of that line, so it stores and updates 1/N of the average.
+
+    Line    parameters of one (device, dtype) that were adopted together, end to end
+    Cut     one rank's part of one parameter in a Line
+
+A parameter that does not lie row-major in memory (channels_last) has no Interval that is a view; it goes whole to the
+rank on which it begins. This file is the template for a new layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import names
+from ..collectives import comm_device, rank_in, size_of
+from ..errors import UnsupportedModelError
+from ..shard import Box, Interval, Region, Shard
+from .base import AbstractLayout
+
+_BUCKET_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One rank's part of one parameter."""
+
+    name: str
+    region: Region
+
+
+def piece(tensor: Tensor, region: Region) -> Tensor:
+    """The live view of a region; an Interval needs a row-major tensor."""
+    return tensor if isinstance(region, Box) else tensor.detach().view(-1)[region.start : region.stop]
+
+
+def cut_line(params: list[tuple[str, Tensor]], num_ranks: int) -> list[list[Cut]]:
+    """Divide parameters laid end to end into equal stretches, one list of Cuts for each rank."""
+    total = sum(tensor.numel() for _, tensor in params)
+    per_rank = -(-total // num_ranks) or 1
+    cuts: list[list[Cut]] = [[] for _ in range(num_ranks)]
+    begin = 0
+    for name, tensor in params:
+        if not tensor.is_contiguous():
+            cuts[begin // per_rank].append(Cut(name, Box.whole(tensor.shape)))
+        else:
+            first, last = begin // per_rank, (begin + tensor.numel() - 1) // per_rank
+            for rank in range(first, last + 1):
+                start = max(begin, rank * per_rank) - begin
+                stop = min(begin + tensor.numel(), (rank + 1) * per_rank) - begin
+                cuts[rank].append(Cut(name, Interval(start, stop)))
+        begin += tensor.numel()
+    return cuts
+
+
+class ReplicatedLayout(AbstractLayout):
+    """Whole parameters on every rank; with a `group` of several ranks, the averages are divided among them."""
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: the ranks with equal parameters; taken from DistributedDataParallel if not given."""
+        super().__init__(names.unwrap(model))
+        ddp = next((m for m in _outer(model) if isinstance(m, DistributedDataParallel)), None)
+        self._group = group if group is not None else ddp.process_group if ddp is not None else None
+        self._entries, self._aliases = names.split_ties(names.entries(self.model))
+        self._lines: list[list[list[Cut]]] = []
+        self._seen: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    @classmethod
+    def claims(cls, model: nn.Module) -> bool:
+        return True
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self._group
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
+
+    @property
+    def publishes(self) -> bool:
+        return size_of(self._group) > 1
+
+    def adopt(self, averaged: Iterable[str]) -> None:
+        if not self.publishes:
+            return
+        wanted = set(averaged)
+        lines: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
+        for entry in self._entries:
+            if entry.name in wanted and not entry.is_buffer and entry.tensor.numel():
+                key = (entry.tensor.device, entry.tensor.dtype)
+                lines.setdefault(key, []).append((entry.name, entry.tensor))
+        self._lines += [cut_line(params, size_of(self._group)) for params in lines.values()]
+
+    def shards(self) -> list[Shard]:
+        self._entries, self._aliases = names.split_ties(names.entries(self.model))
+        regions = self._regions()
+        self._seen = [entry.tensor for entry in self._entries]
+        self._pointers = [tensor.data_ptr() for tensor in self._seen]
+        return [self._shard(entry, regions) for entry in self._entries]
+
+    def _regions(self) -> dict[str, Region]:
+        """My region of each divided parameter; an empty one where other ranks have it all."""
+        mine: dict[str, Region] = {}
+        for line in self._lines:
+            for rank, cuts in enumerate(line):
+                for cut in cuts:
+                    if rank == rank_in(self._group):
+                        mine[cut.name] = cut.region
+                    else:
+                        mine.setdefault(cut.name, Interval(0, 0))
+        return mine
+
+    def _shard(self, entry: names.Entry, regions: dict[str, Region]) -> Shard:
+        tensor = entry.tensor
+        region = regions.get(entry.name, Box.whole(tensor.shape))
+        if isinstance(region, Interval) and not region.numel:
+            live = tensor.new_empty(0)
+        elif isinstance(region, Interval) and not tensor.is_contiguous():
+            raise UnsupportedModelError(
+                f"parameter {entry.name!r} was row-major when its average was cut over the ranks and is no longer "
+                f"(strides {tensor.stride()}); change the memory format before building the average"
+            )
+        else:
+            live = piece(tensor.detach(), region)
+        return Shard(entry.name, tensor.shape, region, live, trainable=tensor.requires_grad, is_buffer=entry.is_buffer)
+
+    def is_current(self) -> bool:
+        tensors = [entry.slot.get(entry.key) for entry in self._entries]
+        return all(map(is_, tensors, self._seen)) and list(map(Tensor.data_ptr, self._seen)) == self._pointers
+
+    def publish(self) -> None:
+        if not self.publishes:
+            return
+        live: dict[str, Tensor] = {e.name: e.tensor.detach() for e in self._entries}
+        for line in self._lines:
+            for round_ in _rounds(line, live):
+                _all_gather(self._group, round_, live)
+
+
+def _outer(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` and the modules that wrap each other down to the user's own."""
+    inner = names.unwrap(model)
+    while True:
+        yield model
+        if model is inner:
+            return
+        model = next(iter(model._modules.values()))  # type: ignore[assignment]
+
+
+def _rounds(line: list[list[Cut]], live: Mapping[str, Tensor]) -> Iterator[list[list[Cut]]]:
+    """Divide each rank's cuts into rounds, so that what all ranks send in one round is about a bucket."""
+    itemsize = max((live[cut.name].element_size() for cuts in line for cut in cuts), default=1)
+    limit = max(1, _BUCKET_BYTES // itemsize // len(line))
+    per_rank = [list(_in_groups(cuts, limit)) for cuts in line]
+    for index in range(max(map(len, per_rank), default=0)):
+        yield [groups[index] if index < len(groups) else [] for groups in per_rank]
+
+
+def _in_groups(cuts: list[Cut], limit: int) -> Iterator[list[Cut]]:
+    group: list[Cut] = []
+    size = 0
+    for cut in (part for whole in cuts for part in _parts(whole, limit)):
+        if group and size + cut.region.numel > limit:
+            yield group
+            group, size = [], 0
+        group.append(cut)
+        size += cut.region.numel
+    if group:
+        yield group
+
+
+def _parts(cut: Cut, limit: int) -> Iterator[Cut]:
+    if isinstance(cut.region, Box):
+        yield cut
+        return
+    for start in range(cut.region.start, cut.region.stop, limit):
+        yield Cut(cut.name, Interval(start, min(start + limit, cut.region.stop)))
+
+
+def _all_gather(group: dist.ProcessGroup | None, round_: list[list[Cut]], live: dict[str, Any]) -> None:
+    """Collective: all ranks must call. Every rank's cuts, written into the parameters of all."""
+    size = max(sum(cut.region.numel for cut in cuts) for cuts in round_)
+    dtype = next(live[cut.name].dtype for cuts in round_ for cut in cuts)
+    mine = torch.zeros(size, dtype=dtype, device=comm_device(group))
+    for cut, window in _windows(round_[rank_in(group)], mine, live):
+        window.copy_(piece(live[cut.name], cut.region))
+    gathered = torch.empty(size * len(round_), dtype=dtype, device=mine.device)
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    for rank, cuts in enumerate(round_):
+        if rank != rank_in(group):
+            for cut, window in _windows(cuts, gathered[rank * size : (rank + 1) * size], live):
+                piece(live[cut.name], cut.region).copy_(window)
+
+
+def _windows(cuts: list[Cut], message: Tensor, live: dict[str, Any]) -> Iterator[tuple[Cut, Tensor]]:
+    start = 0
+    for cut in cuts:
+        shape = live[cut.name].shape if isinstance(cut.region, Box) else (cut.region.numel,)
+        yield cut, message[start : start + cut.region.numel].view(shape)
+        start += cut.region.numel

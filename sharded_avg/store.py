@@ -1,0 +1,183 @@
+"""Where averaged shards live.
+
+    Arena   one flat tensor per (average, device, dtype) that holds the averaged shards one after the other, in the
+            layout's order, so that live shards that lie together in memory have averages that lie together
+    view    one shard's part of an arena, shaped and strided like the live shard
+    Batch   lists of pieces that one call of a rule works on, with the scratch that mixed dtypes or devices need
+
+Nothing is allocated before `arrange`, which the first update calls. `update` allocates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .kernels import Row, chunk_numel, coalesce, is_dense, pack
+from .rules import AbstractRule
+from .shard import Shard
+
+Key = tuple[torch.device, torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One call of each rule."""
+
+    live: list[Tensor]
+    scratch: list[Tensor] | None  # the live values in the average's dtype and on its device; None if they are already
+    averaged: list[list[Tensor]]  # one list for each average, in the order of the store's names
+
+    @property
+    def current(self) -> list[Tensor]:
+        """What rules read."""
+        return self.live if self.scratch is None else self.scratch
+
+
+class Store:
+    """The averaged shards of one or several averages on this rank.
+
+    `dtype`: of the averages; `None` keeps each shard's own. `device`: `None` is where the shard lives.
+    """
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device | None) -> None:
+        self.names = tuple(names)
+        self._dtype = dtype
+        self._device = device
+        self._shards: dict[str, Shard] = {}
+        self._arenas: dict[str, dict[Key, Tensor]] = {name: {} for name in self.names}
+        self._views: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
+        self._scratch: dict[Key, Tensor] = {}
+        self._batches: list[Batch] = []
+        self._is_arranged = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas on this rank, without scratch."""
+        return sum(arena.nbytes for arenas in self._arenas.values() for arena in arenas.values())
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Bytes that `update` uses beside the arenas."""
+        return sum(scratch.nbytes for scratch in self._scratch.values())
+
+    def __contains__(self, shard_name: str) -> bool:
+        return shard_name in self._shards
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the store holds anything yet, or knows that this rank has nothing to hold."""
+        return self._is_arranged
+
+    def view(self, average: str, shard_name: str) -> Tensor:
+        """The average of one shard, shaped like its live tensor."""
+        return self._views[average][shard_name]
+
+    def dtype_of(self, shard: Shard) -> torch.dtype:
+        """The dtype in which a shard is averaged; complex parameters stay complex."""
+        dtype = self._dtype or shard.dtype
+        return dtype.to_complex() if shard.dtype.is_complex and not dtype.is_complex else dtype
+
+    def _key(self, shard: Shard) -> Key:
+        return self._device or shard.tensor.device, self.dtype_of(shard)
+
+    def arrange(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Hold these shards: allocate where the set has changed, keep the values held, and return the new ones.
+
+        New shards start as copies of the live values.
+        """
+        # Shards of one live dtype and device side by side, so that neighbours in memory are neighbours in the arena.
+        ordered = sorted(shards, key=lambda s: (str(s.tensor.device), str(s.tensor.dtype)))
+        new = [shard for shard in ordered if shard.name not in self._shards]
+        if new or [_footprint(s) for s in ordered] != [_footprint(s) for s in self._shards.values()]:
+            self._allocate(ordered)
+            for shard in new:
+                for name in self.names:
+                    self._views[name][shard.name].copy_(shard.tensor)
+        self._shards = {shard.name: shard for shard in ordered}
+        self._batches = self._make_batches(ordered)
+        self._is_arranged = True
+        return new
+
+    def _allocate(self, shards: list[Shard]) -> None:
+        sizes: dict[Key, int] = {}
+        for shard in shards:
+            sizes[self._key(shard)] = sizes.get(self._key(shard), 0) + shard.tensor.numel()
+        arenas, views = {}, {}
+        for name in self.names:
+            arenas[name] = {key: _empty(numel, key, shards) for key, numel in sizes.items()}
+            views[name] = self._carve(arenas[name], shards)
+            for shard_name, old in self._views[name].items():
+                if shard_name in views[name]:
+                    views[name][shard_name].copy_(old)
+        self._arenas, self._views = arenas, views
+
+    def _carve(self, arenas: Mapping[Key, Tensor], shards: list[Shard]) -> dict[str, Tensor]:
+        offsets = dict.fromkeys(arenas, 0)
+        views = {}
+        for shard in shards:
+            key, live = self._key(shard), shard.tensor
+            flat = arenas[key][offsets[key] : offsets[key] + live.numel()]
+            # The strides of a dense live tensor (channels_last, say), so that both can be walked in memory order.
+            views[shard.name] = flat.as_strided(live.shape, live.stride()) if is_dense(live) else flat.view(live.shape)
+            offsets[key] += live.numel()
+        return views
+
+    def _make_batches(self, shards: list[Shard]) -> list[Batch]:
+        groups: dict[tuple[Key, Key], list[Shard]] = {}
+        for shard in shards:
+            groups.setdefault(((shard.tensor.device, shard.tensor.dtype), self._key(shard)), []).append(shard)
+        views = [self._views[name] for name in self.names]
+        packed = []
+        for (live_key, key), members in groups.items():
+            rows = coalesce([(s.tensor, *(view[s.name] for view in views)) for s in members])
+            # In pieces, so that several averages find the live piece in cache, and scratch is small.
+            in_pieces = live_key != key or len(self.names) > 1
+            pieces = list(pack(rows, chunk_numel(key[0]))) if in_pieces else [rows]
+            packed.append((None if live_key == key else key, [piece for piece in pieces if piece]))
+        self._allocate_scratch(packed, shards)
+        return [self._batch(rows, key) for key, pieces in packed for rows in pieces]
+
+    def _allocate_scratch(self, packed: list[tuple[Key | None, list[list[Row]]]], shards: list[Shard]) -> None:
+        needed: dict[Key, int] = {}
+        for key, pieces in packed:
+            if key is not None:
+                sizes = (sum(row[0].numel() for row in rows) for rows in pieces)
+                needed[key] = max(needed.get(key, 0), *sizes, 0)
+        self._scratch = {key: _empty(numel, key, shards) for key, numel in needed.items()}
+
+    def _batch(self, rows: list[Row], scratch_key: Key | None) -> Batch:
+        live = [row[0] for row in rows]
+        averaged = [[row[1 + i] for row in rows] for i in range(len(self.names))]
+        if scratch_key is None:
+            return Batch(live, None, averaged)
+        ends = list(accumulate(tensor.numel() for tensor in live))
+        flat = self._scratch[scratch_key]
+        scratch = [flat[e - t.numel() : e].view(t.shape) for e, t in zip(ends, live, strict=True)]
+        return Batch(live, scratch, averaged)
+
+    def update(self, rules: Mapping[str, AbstractRule], counts: Mapping[str, int]) -> None:
+        """One read of the live weights updates every average; an average with count 0 copies them. Local."""
+        for batch in self._batches:
+            if batch.scratch is not None:
+                torch._foreach_copy_(batch.scratch, batch.live)
+            for name, averaged in zip(self.names, batch.averaged, strict=True):
+                if counts[name]:
+                    rules[name].update_(averaged, batch.current, counts[name])
+                else:
+                    torch._foreach_copy_(averaged, batch.current)
+
+
+def _footprint(shard: Shard) -> tuple[object, ...]:
+    tensor = shard.tensor
+    return shard.name, shard.region, tensor.shape, tensor.stride(), tensor.device, tensor.dtype, shard.dtype
+
+
+def _empty(numel: int, key: Key, shards: list[Shard]) -> Tensor:
+    device, dtype = key
+    pinned = device.type == "cpu" and any(shard.tensor.is_cuda for shard in shards)
+    return torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)

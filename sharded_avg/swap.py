@@ -1,0 +1,245 @@
+"""The exchange of live and averaged values, always undone.
+
+[Note: three ways to swap]
+    InPlace    live and average have one dtype: their values are exchanged through a scratch buffer of at most 64 MiB.
+               While swapped, the average is in the live tensor and the raw weights are in the arena.
+    Rewrite    the engine keeps a master (ZeRO): the low-precision weights are written from the average, and afterwards
+               from the master, which is never written. Used where the weights are bit-equal to the cast master.
+    Stash      the average is kept in another dtype than the weights, or they are a buffer that forward may change:
+               the raw values are kept aside, in host memory, so that the average is never rounded.
+
+[Note: marks]
+Each way is a few copies in a fixed order, with a mark set after each. An interruption can come between a copy and its
+mark, so whatever follows from a mark is right whether or not the next copy has happened; see the comments there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .collectives import agree, rendezvous
+from .errors import SwapError
+from .kernels import coalesce, pack, split
+from .layouts.base import AbstractLayout
+
+SCRATCH_BYTES = 64 << 20
+RENDEZVOUS_GRACE_S = 30.0
+_CACHE_BYTES = 1 << 20  # a CPU exchanges faster through a buffer that stays in its cache
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one shard exchanges. All tensors have one shape."""
+
+    target: Tensor  # the live tensor that forward reads
+    average: Tensor
+    master: Tensor | None = None  # the engine's copy that `target` was cast from
+    volatile: bool = False  # forward may change it (buffers)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether, while swapped, the average lies in `target` and not in `average`."""
+        return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
+
+
+class _Way(ABC):
+    @abstractmethod
+    def enter(self) -> None:
+        """Bring the average into the live tensors."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Bring the raw weights back, from wherever `enter` or an earlier `leave` was interrupted."""
+
+
+class _InPlace(_Way):
+    """Marks: 0 raw | 1 scratch has raw | 2 live has average | 3 swapped | 4 scratch has average | 5 live is raw."""
+
+    def __init__(self, live: list[Tensor], average: list[Tensor], scratch: list[Tensor]) -> None:
+        self._live, self._average, self._scratch = live, average, scratch
+        self._mark = 0
+
+    def _copy(self, to: list[Tensor], source: list[Tensor], then: int) -> None:
+        torch._foreach_copy_(to, source)
+        self._mark = then
+
+    def enter(self) -> None:
+        self._copy(self._scratch, self._live, then=1)
+        self._copy(self._live, self._average, then=2)
+        self._copy(self._average, self._scratch, then=3)
+
+    def leave(self) -> None:
+        if self._mark == 3:
+            self._copy(self._scratch, self._live, then=4)
+        if self._mark == 4:  # the arena has the raw weights, and keeps them until mark 5
+            self._copy(self._live, self._average, then=5)
+        if self._mark == 5:
+            self._copy(self._average, self._scratch, then=0)
+        # What follows undoes an `enter` that did not come to its end.
+        if self._mark == 2:  # live has the average; the arena may have lost it already
+            self._copy(self._average, self._live, then=1)
+        if self._mark == 1:  # scratch has the raw weights; live may have lost them already
+            self._copy(self._live, self._scratch, then=0)
+
+
+class _Rewrite(_Way):
+    def __init__(self, target: Tensor, average: Tensor, master: Tensor) -> None:
+        self._target, self._average, self._master = target, average, master
+
+    def enter(self) -> None:
+        self._target.copy_(self._average)
+
+    def leave(self) -> None:
+        self._target.copy_(self._master)
+
+
+class _Stash(_Way):
+    def __init__(self, target: Tensor, average: Tensor) -> None:
+        self._target, self._average = target, average
+        self._raw: Tensor | None = None
+
+    def enter(self) -> None:
+        self._raw = self._target.to("cpu", copy=True)
+        self._target.copy_(self._average)
+
+    def leave(self) -> None:
+        if self._raw is not None:
+            self._target.copy_(self._raw)
+            self._raw = None
+
+
+class Exchange:
+    """The local part of one swap: `enter` and `leave` touch this rank's memory only."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._ways = [*_in_place_ways(pairs), *_other_ways(pairs)]
+        self._begun: list[_Way] = []
+
+    def enter(self) -> None:
+        """Bring the average in; if that fails, everything is as before and the error goes on."""
+        try:
+            for way in self._ways:
+                self._begun.append(way)
+                way.enter()
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Bring the raw weights back. An interruption (Ctrl-C) is raised when all of them are back."""
+        interruption: BaseException | None = None
+        attempts = 2 * len(self._begun) + 2
+        while self._begun:
+            try:
+                self._begun[-1].leave()
+                self._begun.pop()
+            except BaseException as error:
+                interruption = error
+                attempts -= 1
+                if attempts <= 0 or not isinstance(error, (KeyboardInterrupt, SystemExit)):
+                    raise
+        if interruption is not None:
+            raise interruption
+
+
+def _in_place_ways(pairs: Sequence[Pair]) -> Iterator[_Way]:
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+    for pair in pairs:
+        if pair.in_place:
+            groups.setdefault((pair.target.device, pair.target.dtype), []).append((pair.target, pair.average))
+    for (device, dtype), rows in groups.items():
+        limit = (_CACHE_BYTES if device.type == "cpu" else SCRATCH_BYTES) // dtype.itemsize
+        batches = list(pack(coalesce(rows), limit))
+        # Allocated before anything is touched, kept until the raw weights are back: leaving cannot run out of memory.
+        numel = max((sum(row[0].numel() for row in batch) for batch in batches), default=0)
+        buffer = torch.empty(numel, dtype=dtype, device=device)
+        for batch in batches:
+            live = [row[0] for row in batch]
+            yield _InPlace(live, [row[1] for row in batch], _carve(buffer, live))
+
+
+def _carve(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
+    pieces, start = [], 0
+    for tensor in like:
+        pieces.append(buffer[start : start + tensor.numel()].view(tensor.shape))
+        start += tensor.numel()
+    return pieces
+
+
+def _other_ways(pairs: Sequence[Pair]) -> Iterator[_Way]:
+    with_master = [(p.target, p.average, p.master) for p in pairs if p.master is not None]
+    for target, average, master in coalesce(with_master):
+        if _is_cast(target, master):
+            yield _Rewrite(target, average, master)
+        else:
+            yield _Stash(target, average)
+    for pair in pairs:
+        if pair.master is None and not pair.in_place and pair.target.numel():
+            yield _Stash(pair.target, pair.average)
+
+
+def _is_cast(target: Tensor, master: Tensor) -> bool:
+    """Whether `target` is `master` in its own dtype, so that it can be restored from it."""
+    pieces = split((target, master), SCRATCH_BYTES // master.element_size())
+    return all(torch.equal(low, high.to(low.dtype).to(low.device)) for low, high in pieces)
+
+
+def _entered(layout: AbstractLayout, pairs: Sequence[Pair]) -> Exchange:
+    """Collective: all ranks must call. Exchange locally on every rank, or on none."""
+    exchange, error = None, None
+    try:
+        layout.release()
+        exchange = Exchange(pairs)
+        exchange.enter()
+    except BaseException as failure:
+        error = failure
+    try:
+        agree(layout.group, error, "swapping the average in")
+    except BaseException:
+        if exchange is not None:
+            exchange.leave()
+        raise
+    if exchange is None:
+        raise SwapError("the exchange was not built, yet no error was reported")
+    return exchange
+
+
+@contextmanager
+def swapped_in(layout: AbstractLayout, pairs: Sequence[Pair]) -> Iterator[None]:
+    """Collective: all ranks must call. The model computes with averages inside, and with the raw weights after.
+
+    If bringing the averages in fails on any rank, all ranks are restored and raise.
+    """
+    exchange = _entered(layout, pairs)
+    error: BaseException | None = None
+    try:
+        layout.publish()
+        yield
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        layout.release()
+        try:
+            exchange.leave()
+        finally:
+            _republish(layout, error)
+
+
+def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
+    """Spread the raw weights to every replica; a rank whose peers do not come gives up instead of waiting for ever."""
+    if not layout.publishes:
+        return
+    if rendezvous(layout.group, wait=error is not None, grace_s=RENDEZVOUS_GRACE_S):
+        layout.publish()
+    elif error is not None and hasattr(error, "add_note"):  # Python >= 3.11
+        error.add_note(
+            f"sharded_avg: other ranks did not leave the swap within {RENDEZVOUS_GRACE_S:.0f} s, so the replicated "
+            "weights of this rank still hold averages outside its own part. Restart from a checkpoint."
+        )
