@@ -63,10 +63,13 @@ def on_ranks(*world_sizes: int, kind: str = "torch", timeout_s: float = HANG_S) 
         def test(**arguments: Any) -> None:
             world_size = arguments["world_size"]
             kept = {name: arguments[name] for name in wanted}
+            failure = ""
             try:
                 _run(world_size, body, kept, kind, timeout_s)
-            except RanksFailedError as failure:
-                pytest.fail(str(failure), pytrace=False)
+            except RanksFailedError as error:
+                failure = str(error)
+            if failure:  # raised out here, lest pytest prints both exceptions
+                pytest.fail(failure, pytrace=False)
 
         extra = () if "world_size" in wanted else (inspect.Parameter("world_size", inspect.Parameter.KEYWORD_ONLY),)
         test.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
@@ -89,7 +92,9 @@ def run_on_ranks(
     return _run(world_size, body, arguments, kind, timeout_s)
 
 
-def _run(world_size: int, body: Callable[..., Any], arguments: dict[str, Any], kind: str, timeout_s: float) -> list[Any]:
+def _run(
+    world_size: int, body: Callable[..., Any], arguments: dict[str, Any], kind: str, timeout_s: float
+) -> list[Any]:
     if under_torchrun():
         from .outer import run_in_process
 
@@ -101,6 +106,8 @@ def _run(world_size: int, body: Callable[..., Any], arguments: dict[str, Any], k
     except BaseException:  # also Ctrl-C: the ranks may be out of step
         close(kind, world_size)
         raise
+    if any(report.worn for report in reports):
+        close(kind, world_size)
     skips = [report.text for report in reports if report.status == "skipped"]
     if skips:
         pytest.skip(skips[0])

@@ -4,7 +4,7 @@
     Report   what comes back: how it went on this rank
     Rank     who this process is: kind of pool, rank, world size, folder for the rendezvous and the logs
 
-The main thread runs the Jobs; a second thread reads them, so that the death of the parent is noticed while a body hangs.
+The main thread runs the Jobs; a second one reads them, so that the parent's death is noticed while a body hangs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ import importlib
 import os
 import pickle
 import queue
+import resource
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than any test: the pool's own clock notices hangs, with stacks
+MAX_OPEN_FILES = 2000  # a process group that a test made stays open: some ten files each
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Report:
     status: Literal["passed", "failed", "skipped"]
     text: str = ""
     value: bytes = b""
+    worn: bool = False  # this rank has gathered so many process groups that the pool should be replaced
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def main(kind: str, rank: int, world_size: int, folder: str, connection_fd: int)
     with stacks_path(me.folder, rank).open("w") as stacks:
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        _allow_open_files()
         jobs = _read_jobs(connection)
         guard = _guard_like_pytest()
         connection.send(_attempt(rank, lambda: join(me)))
@@ -113,7 +117,7 @@ def main(kind: str, rank: int, world_size: int, folder: str, connection_fd: int)
             with guard():
                 report = _attempt(rank, lambda: run(job))  # noqa: B023 - called before the next job
             _clean_up()
-            connection.send(report)
+            connection.send(replace(report, worn=_open_files() > MAX_OPEN_FILES))
 
 
 def _read_jobs(connection: Connection) -> queue.SimpleQueue[Job]:
@@ -148,6 +152,16 @@ def _guard_like_pytest() -> Callable[[], contextlib.AbstractContextManager[None]
     return guard
 
 
+def _open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def _allow_open_files() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
+
+
 def join(me: Rank) -> None:
     """Collective. Make the default process group from a file store: no port that another run could hold."""
     os.environ.update(me.environment())
@@ -175,12 +189,14 @@ def join(me: Rank) -> None:
 def run(job: Job) -> object:
     """Run one body; the same seed on every rank and for every test."""
     import torch
+    from _pytest.config import apply_warning_filters
 
-    body = importlib.import_module(job.module)
-    for part in job.function.split("."):
-        body = getattr(body, part)
+    function = getattr(importlib.import_module(job.module), job.function)
+    for mark in getattr(function, "pytestmark", []):
+        if mark.name == "filterwarnings":
+            apply_warning_filters([], mark.args)
     torch.manual_seed(0)
-    return body_of(body)(**pickle.loads(job.arguments))
+    return body_of(function)(**pickle.loads(job.arguments))
 
 
 def _attempt(rank: int, action: Callable[[], object]) -> Report:
@@ -190,8 +206,16 @@ def _attempt(rank: int, action: Callable[[], object]) -> Report:
         return Report(rank, "passed", value=pickle.dumps(action()))
     except Skipped as skip:
         return Report(rank, "skipped", str(skip))
-    except BaseException:  # also pytest.fail and SystemExit: the parent decides what they mean
-        return Report(rank, "failed", traceback.format_exc())
+    except BaseException as error:  # also pytest.fail and SystemExit: the parent decides what they mean
+        return Report(rank, "failed", _traceback_text(error))
+
+
+def _traceback_text(error: BaseException) -> str:
+    """The traceback without the frames of this file, unless there are no others."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames or error.__traceback__))
 
 
 def _clean_up() -> None:
