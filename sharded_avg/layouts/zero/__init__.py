@@ -1,0 +1,47 @@
+"""DeepSpeed: one engine, four stages, five optimizers, one cut.
+
+    engine        which of DeepSpeed's classes and attributes are used, and which engines are refused
+    piece         Piece: what this rank owns of one parameter; AbstractWeights: how one stage holds its weights
+    run           Run: parameters end to end in replicated weights, cut into equal stretches, one for each rank
+    replicated    stages 0, 1, 2: every rank has whole low-precision weights; Pieces come from Runs
+    partitioned   stage 3: every rank has `ds_tensor`, an equal stretch of each parameter, padded at the end
+    layout        ZeroLayout, which turns Pieces into Shards
+
+[Note: masters]
+Trained weights live twice, also in fp32 training: the master that the optimizer steps, and the copy that forward reads.
+After `initialize` and after every step the copy is the cast master, so an exchange writes the copy only
+(`Shard.working`) and going back is `working.copy_(tensor)`, exact. The exception is stage 0 in fp32, which has no
+master: `tensor` is the parameter. Stage 0 in bf16 or fp16 keeps whole masters on every rank; the work is divided all
+the same: each rank averages its stretch, 1/N of them. Frozen parameters have no master anywhere.
+
+[Note: places are measured, not looked up]
+DeepSpeed's `_hp_mapping` says where a master lies, and it is wrong with `round_robin_gradients` (0.19.8: it counts in
+the order of the optimizer, memory is in the reordered one; so do `safe_get_full_fp32_param` and its kin). A parameter's
+place in its Run is therefore the distance between data pointers.
+
+[Note: private attributes]
+Stable names from DeepSpeed 0.16 to 0.19; a missing one is an `EngineVersionError`.
+
+    engine       optimizer, module, seq_data_parallel_group; public: was_step_applied, zero_optimization_stage
+    ZeRO 1, 2    bit16_groups (parameters), bit16_groups_flat (weights), single_partition_of_fp32_groups (masters)
+    BF16         bf16_groups, bf16_groups_flat, fp32_groups_flat_partition: stage 1, bf16 with fp32 gradients
+    FP16         fp16_groups, fp16_groups_flat, fp32_groups_flat: stage 0 with FusedAdam; masters whole
+    FP16Unfused  fp16_groups, fp32_groups: stage 0 with any other optimizer; one master tensor for each parameter
+    ZeRO 3       fp16_groups, fp16_partitioned_groups_flat, fp32_partitioned_groups_flat, persistent_parameters,
+                 parameter_offload.fwd_pre_hook, empty_partition_cache
+    parameter    ds_tensor (with ds_numel), ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather
+                 (stage 3); _hp_mapping (stages 1, 2: only whether there is one, which ends with `engine.destroy()`)
+
+[Note: gathered copies]
+Under stage 3 a forward without backward leaves parameters gathered, and later forwards read those copies, not
+`ds_tensor`. `empty_partition_cache` waits for prefetches and frees every copy without writing it back. Parameters below
+`stage3_param_persistence_threshold` stay gathered from step to step: `publish` gathers them anew. This is what
+DeepSpeed itself does around a checkpoint.
+"""
+
+from __future__ import annotations
+
+from .engine import looks_like_zero
+from .layout import ZeroLayout
+
+__all__ = ["ZeroLayout", "looks_like_zero"]

@@ -1,0 +1,155 @@
+"""DeepSpeed's classes and attributes, and which engines are refused. Nothing here imports DeepSpeed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ...errors import EngineVersionError, UnsupportedModelError
+
+# optimizer class -> (lists of parameters, flat low-precision weights, fp32 masters), each one entry per parameter group
+FLAT_ATTRIBUTES = {
+    "DeepSpeedZeroOptimizer": ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
+    "BF16_Optimizer": ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
+    "FP16_Optimizer": ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat"),
+}
+STAGE_3, UNFUSED = "DeepSpeedZeroOptimizer_Stage3", "FP16_UnfusedOptimizer"
+
+
+def kind(optimizer: Any) -> str:
+    """The DeepSpeed optimizer class that this one is, or "" for an optimizer that steps the parameters themselves."""
+    known = (*FLAT_ATTRIBUTES, STAGE_3, UNFUSED)
+    return next((name for name in known if is_a(optimizer, name)), "")
+
+
+def is_a(thing: object, name: str) -> bool:
+    """Whether `thing` is an instance of DeepSpeed's class `name`; does not import DeepSpeed."""
+    return any(cls.__name__ == name and cls.__module__.split(".")[0] == "deepspeed" for cls in type(thing).__mro__)
+
+
+def need(owner: Any, name: str) -> Any:
+    """An attribute of DeepSpeed that this module relies on."""
+    if not hasattr(owner, name):
+        version = getattr(sys.modules.get("deepspeed"), "__version__", "of an unknown version")
+        raise EngineVersionError(
+            f"DeepSpeed {version} has no {type(owner).__name__}.{name}, which sharded_avg reads to find the fp32 "
+            "weights; install deepspeed>=0.16,<=0.19.8, or a newer sharded_avg"
+        )
+    return getattr(owner, name)
+
+
+def looks_like_zero(model: nn.Module) -> bool:
+    """Whether DeepSpeed owns parameters of `model`, which is not its engine: the user must pass the engine instead."""
+    owned = any(hasattr(param, "ds_id") or hasattr(param, "_hp_mapping") for param in model.parameters())
+    return owned and not is_a(model, "DeepSpeedEngine")
+
+
+def refuse(engine: Any) -> None:
+    """Raise `UnsupportedModelError` for what would be averaged wrongly."""
+    if not is_a(engine, "DeepSpeedEngine"):
+        hint = (
+            "its parameters belong to DeepSpeed: " if isinstance(engine, nn.Module) and looks_like_zero(engine) else ""
+        )
+        raise UnsupportedModelError(
+            f"{type(engine).__name__} is not a DeepSpeedEngine; {hint}"
+            "pass the engine that deepspeed.initialize returned"
+        )
+    for is_so, what, remedy in _REFUSALS:
+        if is_so(engine):
+            raise UnsupportedModelError(f"cannot average this DeepSpeed engine: {what}; {remedy}")
+
+
+def check_readable(engine: Any) -> None:
+    """Raise if masters or weights are somewhere else for now."""
+    if states := getattr(engine.optimizer, "offloaded_states", None):
+        moved = ", ".join(sorted(str(getattr(state, "value", state)) for state in states))
+        raise UnsupportedModelError(
+            f"engine.offload_states() has moved {moved} away, so there is nothing to read in place; "
+            "call engine.reload_states() first"
+        )
+
+
+def _without_masters(engine: Any) -> bool:
+    optimizer = engine.optimizer
+    idle = optimizer is None or is_a(optimizer, "DeepSpeedZeRoOffload") or is_a(optimizer, "DummyOptim")
+    return idle or not getattr(optimizer, "using_real_optimizer", True)
+
+
+def _on_nvme(engine: Any) -> bool:
+    return bool(getattr(engine.optimizer, "swap_optimizer", False)) or bool(
+        getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
+    )
+
+
+def _quantized(engine: Any) -> bool:
+    return any(hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale") for param in engine.module.parameters())
+
+
+def _unknown_optimizer(engine: Any) -> bool:
+    optimizer = engine.optimizer
+    return not kind(optimizer) and (engine.zero_optimization_stage() > 0 or is_a(optimizer, "DeepSpeedOptimizer"))
+
+
+def _deep_compiled(engine: Any) -> bool:
+    return bool(getattr(engine, "is_deepcompile_active", bool)())
+
+
+# (whether it is so, what and why, what to do); asked in this order
+_REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
+    (
+        lambda engine: is_a(engine, "PipelineEngine"),
+        "under pipeline parallelism each rank has another part of the model, and no group of ranks has all of it",
+        "train with ZeRO 1, 2 or 3 without a PipelineModule",
+    ),
+    (
+        lambda engine: is_a(engine, "DeepSpeedHybridEngine"),
+        "the hybrid engine keeps further copies of the weights for generation, which an exchange would miss",
+        "set hybrid_engine.enabled to false",
+    ),
+    (
+        _without_masters,
+        "it has no optimizer, so no step ever changes its weights",
+        "pass the engine that trains: give deepspeed.initialize an optimizer, in the config or as an argument",
+    ),
+    (
+        lambda engine: bool(getattr(engine, "has_moe_layers", False)),
+        "experts under one name differ from rank to rank",
+        "train without DeepSpeed's MoE layers, or average the dense part in a model of its own",
+    ),
+    (
+        lambda engine: getattr(engine, "mp_world_size", 1) > 1,
+        "tensor parallelism (an mpu, or AutoTP) cuts the parameters, and DeepSpeed does not say along which dim",
+        "use data parallelism only, or FSDP2 with tensor parallelism",
+    ),
+    (
+        lambda engine: (
+            bool(getattr(engine, "zenflow", False)) or is_a(engine.optimizer, "SuperOffloadOptimizer_Stage3")
+        ),
+        "ZenFlow and SuperOffload step parts of the masters later, on the CPU, so they are never all of one step",
+        "turn zero_optimization.zenflow and offload_optimizer.super_offload off",
+    ),
+    (
+        _on_nvme,
+        "its fp32 masters or weights are swapped to NVMe and cannot be read in place",
+        'use {"device": "cpu"} for offload_optimizer and offload_param',
+    ),
+    (
+        lambda engine: engine.zero_optimization_stage() == 3 and engine.zero_hpz_partition_size() > 1,
+        "with zero_hpz_partition_size > 1 forward reads a second copy of the partitions",
+        "set zero_hpz_partition_size to 1",
+    ),
+    (
+        _quantized,
+        "frozen weights are stored quantized (zero_quantized_nontrainable_weights)",
+        "turn that option off",
+    ),
+    (_deep_compiled, "DeepCompile gathers parameters in compiled code that cannot be told to forget", "turn it off"),
+    (
+        _unknown_optimizer,
+        "its optimizer class is not known here, so the masters cannot be found",
+        "use ZeRO 1, 2 or 3 with bf16, fp16 or fp32 and an ordinary optimizer",
+    ),
+)

@@ -1,0 +1,116 @@
+"""ZeroLayout: the surface of a layout over a DeepSpeedEngine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ... import names
+from ...errors import LayoutChangedError
+from ...shard import Box, Shard
+from ..base import AbstractLayout
+from .engine import STAGE_3, check_readable, is_a, kind, need, refuse
+from .partitioned import Partitioned
+from .piece import AbstractWeights, Piece
+from .replicated import Replicated
+
+
+class ZeroLayout(AbstractLayout):
+    """A DeepSpeedEngine, ZeRO stages 0 to 3. Pass the engine that `deepspeed.initialize` returned.
+
+    Raises:
+        UnsupportedModelError: the engine does something that is not covered; the message says what to do.
+        EngineVersionError: this DeepSpeed lacks an attribute that the module's Note names.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        refuse(engine)
+        super().__init__(need(engine, "module"))
+        self._engine = engine
+        self._group = need(engine, "seq_data_parallel_group")
+        self._weights = _weights_of(engine, self._group)
+        self._entries: list[tuple[names.Entry, Tensor]] = []
+        self._homes: list[Tensor] = []
+        self._pointers: list[int] = []
+        self._aliases: dict[str, str] = {}
+        self.shards()  # what cannot be read is refused now, not at the first update
+        need(engine, "was_step_applied")
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that divide the masters: data parallel, times sequence parallel."""
+        group: dist.ProcessGroup = self._group
+        return group
+
+    @classmethod
+    def claims(cls, model: nn.Module) -> bool:
+        """Whether `model` is a DeepSpeedEngine."""
+        return is_a(model, "DeepSpeedEngine")
+
+    def shards(self) -> list[Shard]:
+        """Masters in memory order, then what has none. Raises `LayoutChangedError` after `engine.destroy()`."""
+        check_readable(self._engine)
+        if not self._weights.alive():
+            raise LayoutChangedError(
+                "the DeepSpeed engine was destroyed (engine.destroy(), or the trainer's teardown): nothing steps these "
+                "weights any more; save or export the average before that, or build a new one on a new engine"
+            )
+        entries = names.entries(self.model)
+        unique, self._aliases = names.split_ties(entries)
+        pieces = {id(piece.param): piece for piece in self._weights.pieces()}
+        order = {key: index for index, key in enumerate(pieces)}
+        unique.sort(key=lambda entry: order.get(id(entry.tensor), len(order)))
+        shards = [_shard(entry, pieces.get(id(entry.tensor))) for entry in unique]
+        self._remember(entries)
+        return shards
+
+    def _remember(self, entries: list[names.Entry]) -> None:
+        self._entries = [(entry, entry.tensor) for entry in entries]
+        self._homes = [getattr(tensor, "ds_tensor", tensor) for _, tensor in self._entries]
+        self._pointers = self._places()
+
+    def _places(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*self._weights.buffers(), *self._homes)]
+
+    def is_current(self) -> bool:
+        """Whether names, masters and weights are still where the last `shards()` found them."""
+        # dict.get: under stage 3 the slots gather what they return while a forward runs
+        same = all(dict.get(entry.slot, entry.key) is tensor for entry, tensor in self._entries)
+        return same and self._pointers == self._places() and self._weights.alive()
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        return self._aliases
+
+    def release(self) -> None:
+        """Stage 3: free the gathered copies that a forward without backward left behind."""
+        self._weights.release()
+
+    def publish(self) -> None:
+        """Collective: all ranks must call. Low-precision weights of every owner to every rank."""
+        self._weights.publish()
+
+    @property
+    def publishes(self) -> bool:
+        """Whether `publish` must be called: always in stage 3, elsewhere with more than one rank."""
+        return isinstance(self._weights, Partitioned) or dist.get_world_size(self._group) > 1
+
+    def step_was_skipped(self) -> bool:
+        """Whether the last `engine.step()` was inside gradient accumulation, or an fp16 overflow."""
+        return not self._engine.was_step_applied()
+
+
+def _shard(entry: names.Entry, piece: Piece | None) -> Shard:
+    tensor = entry.tensor
+    if piece is not None:
+        return Shard(entry.name, piece.shape, piece.region, piece.tensor, piece.working, tensor.requires_grad)
+    whole = Box.whole(tensor.shape)
+    trainable = tensor.requires_grad and not entry.is_buffer
+    return Shard(entry.name, tensor.shape, whole, tensor.detach(), None, trainable, entry.is_buffer)
+
+
+def _weights_of(engine: Any, group: dist.ProcessGroup) -> AbstractWeights:
+    return Partitioned(engine) if kind(engine.optimizer) == STAGE_3 else Replicated(engine, group)

@@ -1,0 +1,48 @@
+"""What one stage of ZeRO has to tell the layout: Pieces, and how to make forward read what was written into them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...shard import Interval, Region
+
+EMPTY = Interval(0, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """What this rank owns of one parameter."""
+
+    param: nn.Parameter
+    shape: torch.Size
+    region: Region
+    tensor: Tensor  # fp32 master, or the parameter itself where there is none; 1-D for an Interval
+    working: Tensor | None  # the same elements of what forward reads
+
+
+class AbstractWeights(ABC):
+    """How one stage holds the weights that it trains."""
+
+    @abstractmethod
+    def pieces(self) -> list[Piece]:
+        """This rank's Piece of every parameter that is cut or has a master, in memory order, equal on all ranks."""
+
+    @abstractmethod
+    def buffers(self) -> list[Tensor]:
+        """The engine's own tensors that the Pieces are views of."""
+
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether the engine still steps these weights (`engine.destroy()` ends that)."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free gathered copies that forward would read instead of the Pieces."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Collective. Make what forward reads, on every rank, equal to what the owners wrote."""

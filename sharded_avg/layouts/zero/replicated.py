@@ -1,0 +1,118 @@
+"""Stages 0, 1, 2: every rank has whole low-precision weights; Pieces come from Runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...errors import LayoutChangedError
+from ...shard import Box
+from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need
+from .piece import AbstractWeights, Piece
+from .run import Run, Span
+
+
+class Replicated(AbstractWeights):
+    """Stages 0, 1, 2: parameters whole on every rank."""
+
+    def __init__(self, engine: Any, group: dist.ProcessGroup) -> None:
+        self._engine, self._group = engine, group
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+
+    def pieces(self) -> list[Piece]:
+        pieces = [piece for run in self._runs() for piece in run.pieces(self._rank)]
+        for param, master in self._uncut():
+            whole, alone = Box.whole(param.shape), master is param
+            pieces.append(Piece(param, param.shape, whole, master.detach(), None if alone else param.detach()))
+        return pieces
+
+    def buffers(self) -> list[Tensor]:
+        if (known := kind(self._engine.optimizer)) in FLAT_ATTRIBUTES:
+            return [flat for name in FLAT_ATTRIBUTES[known][1:] for flat in need(self._engine.optimizer, name)]
+        return [master for param, master in self._loose() if master is not param]
+
+    def alive(self) -> bool:
+        optimizer = self._engine.optimizer
+        if kind(optimizer) not in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
+            return True
+        groups = getattr(optimizer, FLAT_ATTRIBUTES[kind(optimizer)][0])
+        if any(getattr(param, "_hp_mapping", None) is not None for group in groups for param in group):
+            return True
+        return not any(piece.region.numel for piece in self.pieces())
+
+    def release(self) -> None:
+        pass  # forward reads the weights themselves
+
+    def publish(self) -> None:
+        if self._world_size > 1:
+            with torch.no_grad():
+                for run in self._runs():
+                    run.spread(self._group)
+
+    def _runs(self) -> list[Run]:
+        optimizer = self._engine.optimizer
+        if (known := kind(optimizer)) in FLAT_ATTRIBUTES:
+            lists = (need(optimizer, name) for name in FLAT_ATTRIBUTES[known])
+            return [self._flat_run(*group) for group in zip(*lists, strict=True)]
+        return list(self._loose_runs())
+
+    def _flat_run(self, params: list[nn.Parameter], flat: Tensor, master: Tensor) -> Run:
+        stretch = -(-flat.numel() // self._world_size)
+        begin = 0 if master.numel() == flat.numel() else self._rank * stretch
+        places = sorted(((param, _place(param, flat)) for param in params), key=lambda pair: pair[1])
+        return Run(places, [Span(0, flat.detach())], [Span(begin, master.detach().view(-1))], stretch)
+
+    def _loose_runs(self) -> Iterator[Run]:
+        """Stage 0 without flat weights: one Run for each dtype and device."""
+        kinds: dict[tuple[object, ...], list[tuple[nn.Parameter, Tensor]]] = {}
+        for param, master in self._loose():
+            if _is_row_major(param, master):
+                kinds.setdefault((param.dtype, param.device, master is param), []).append((param, master))
+        for (*_, alone), pairs in kinds.items():
+            places, begin = [], 0
+            for param, _ in pairs:
+                places.append((param, begin))
+                begin += param.numel()
+            starts = [start for _, start in places]
+            live = [Span(start, param.detach().view(-1)) for param, start in places]
+            masters = [Span(start, master.detach().view(-1)) for start, (_, master) in zip(starts, pairs, strict=True)]
+            yield Run(places, live, live if alone else masters, -(-begin // self._world_size))
+
+    def _uncut(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Weights in another memory format than row-major: no Interval of theirs is a view, so each rank keeps them."""
+        return (pair for pair in self._loose() if not _is_row_major(*pair))
+
+    def _loose(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Every trained parameter and its master: itself in fp32."""
+        optimizer = self._engine.optimizer
+        if (known := kind(optimizer)) in FLAT_ATTRIBUTES:
+            return
+        if known == UNFUSED:
+            lists = (need(optimizer, "fp16_groups"), need(optimizer, "fp32_groups"))
+            for params, masters in zip(*lists, strict=True):
+                yield from ((p, m) for p, m in zip(params, masters, strict=True) if p.numel())
+            return
+        for param in self._engine.module.parameters():
+            if param.requires_grad and param.numel():
+                yield param, param
+
+
+def _place(param: nn.Parameter, flat: Tensor) -> int:
+    """The element of `flat` where a parameter that is a view of it begins."""
+    place, remainder = divmod(param.data_ptr() - flat.data_ptr(), flat.element_size())
+    inside = not remainder and 0 <= place <= flat.numel() - param.numel()
+    if not inside or param.dtype != flat.dtype or not param.is_contiguous():
+        raise LayoutChangedError(
+            f"a parameter of shape {tuple(param.shape)} and dtype {param.dtype} no longer lies in DeepSpeed's flat "
+            f"{flat.dtype} weights: its data was replaced after deepspeed.initialize (module.to(), .half(), or an "
+            "assignment to .data), so the optimizer steps another copy; call deepspeed.initialize on the final model"
+        )
+    return place
+
+
+def _is_row_major(param: Tensor, master: Tensor) -> bool:
+    return param.is_contiguous() and master.is_contiguous()
