@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, shape: Shape) -> bool:
     export(average, args.out)
     holdings = gather_holdings(model, average)
     if rank == 0:
-        write_result(args, shape, points[-1], len(validation))
+        write_result(args, shape, points[-1], len(validation), holdings)
         show(args, points, holdings, clock)
     return verified(args.out)
 
@@ -95,11 +95,13 @@ def export(average: ShardedAverage, out: Path) -> None:
 def gather_holdings(model: torch.nn.Module, average: ShardedAverage) -> list[Holding]:
     """Collective. What each rank keeps, in rank order."""
     holdings: list[Holding] = [Holding(0, 0)] * dist.get_world_size()
-    dist.all_gather_object(holdings, Holding(local_bytes(model), average.local_bytes))
+    dist.all_gather_object(holdings, Holding(local_bytes(model), average.nbytes))
     return holdings
 
 
-def write_result(args: argparse.Namespace, shape: Shape, last: Point, num_batches: int) -> None:
+def write_result(
+    args: argparse.Namespace, shape: Shape, last: Point, num_batches: int, holdings: list[Holding]
+) -> None:
     """What text_verify.py needs to know."""
     result = {
         "engine": args.engine,
@@ -109,6 +111,7 @@ def write_result(args: argparse.Namespace, shape: Shape, last: Point, num_batche
         "num_batches": num_batches,
         "num_threads": torch.get_num_threads(),
         **asdict(last),
+        "holdings": [asdict(holding) for holding in holdings],
     }
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +61,6 @@ def fsdp1(model: nn.Module, learning_rate: float) -> Training:
 
 def zero(model: nn.Module, learning_rate: float, *, stage: int) -> Training:
     """DeepSpeed ZeRO: stages 1 and 2 keep whole weights on each rank, stage 3 cuts them too."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = _import_deepspeed()
     config = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own log uses it: batches come from the loop
@@ -76,11 +78,14 @@ def zero(model: nn.Module, learning_rate: float, *, stage: int) -> Training:
 
 
 def _import_deepspeed():  # type: ignore[no-untyped-def]
+    scripts = str(Path(sys.executable).parent)  # DeepSpeed builds a small op once, and looks for ninja in PATH
+    os.environ.update(DS_ACCELERATOR="cpu", PATH=os.pathsep.join([scripts, os.environ.get("PATH", "")]))
     try:
         import deepspeed
     except ImportError as error:
         raise SystemExit(f"--engine zero... needs DeepSpeed ({error}): pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     return deepspeed
 
 
