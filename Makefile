@@ -1,0 +1,44 @@
+# make demo    train on real text on two processes, the average kept on the shards
+# make test    lint, then every test
+# make lint    ruff, and mypy --strict on the package
+# make bench   what an update costs beside what else a user could pick
+# make clean   back to a fresh clone
+#
+# Each makes the environment first, in .venv, with the versions of constraints.txt. Choose the interpreter with
+# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-n 2 -k fsdp".
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m sharded_avg.benchmark
+
+setup: $(READY)
+
+# DeepSpeed's build imports torch, so it comes after torch and without build isolation; it compiles its ops at first use.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch numpy setuptools wheel ninja
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist runs lightning_logs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
