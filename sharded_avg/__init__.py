@@ -25,17 +25,17 @@ from .rules import EMA, SWA, AbstractRule, CustomRule
 from .schedule import Schedule
 from .version import __version__
 
-__all__ = [
-    "EMA",
-    "SWA",
+__all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",
     "CheckpointError",
     "ConfigError",
     "CustomRule",
+    "EMA",
     "EngineVersionError",
     "LayoutChangedError",
     "NotStartedError",
     "PeerError",
+    "SWA",
     "Schedule",
     "ShardedAverage",
     "ShardedAvgError",

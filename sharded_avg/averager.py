@@ -138,8 +138,8 @@ class ShardedAverage:
         afterwards, also after an exception. Yields whether there was an average to bring in: before the first update
         the live weights stay. Raises `SwapError` when nested.
         """
-        name = self._resolve(name)
         self._refuse_while_swapped("swapped()")
+        name = self._resolve(name)
         if not self._counts[name]:
             yield False
             return
@@ -173,8 +173,8 @@ class ShardedAverage:
 
         For the end of training. Raises `NotStartedError` before the first update.
         """
-        name = self._started(name)
         self._refuse_while_swapped("copy_to_model()")
+        name = self._started(name)
         self._arrange()
         self._members.layout.release()
         for shard in self._held():
@@ -201,9 +201,9 @@ class ShardedAverage:
 
         Raises `NotStartedError` before the first update.
         """
-        name = self._started(name)
         if writeback:
             self._refuse_while_swapped("summon_full_params(writeback=True)")
+        name = self._started(name)
         state = self._full_state(name, offload_to_cpu, rank0_only)
         error: BaseException | None = None
         try:
@@ -299,7 +299,8 @@ class ShardedAverage:
                         f"{name}.{key} is {item if item == NOT_STARTED else type(item).__name__!r}, not an item that "
                         "was read: pass state_dict() through torch.distributed.checkpoint.load first"
                     )
-        self._arrange()
+        if any(record.n_averaged for record in manifest.averages.values()):
+            self._arrange()
         self._counts = {name: record.n_averaged for name, record in manifest.averages.items()}
         self._step = manifest.step
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import names
 from .errors import ConfigError, LayoutChangedError, UnsupportedModelError
 from .layouts.detect import detect, layout_class
 from .shard import Shard
@@ -33,6 +34,7 @@ class Members:
         self._include = include
         self._average_buffers = average_buffers
         self.layout = detect(model)
+        self._tree = names.Tree(model)
         self.layout.release()
         self.all = self.layout.shards()
         chosen = self._choose()
@@ -84,7 +86,7 @@ class Members:
 
     def refresh(self) -> None:
         """Re-read the live tensors if they have moved. Raises `LayoutChangedError` if the model is cut differently."""
-        if self.layout.is_current():
+        if self.layout.is_current() and self._tree.unchanged():
             return
         now = layout_class(self._model)
         if now is not type(self.layout):
@@ -101,6 +103,7 @@ class Members:
             ) from error
         self._check_cuts(shards)
         self.all = shards
+        self._tree = names.Tree(self._model)
         self.waiting = [name for name in self._choose() if name not in self._names]
 
     def _check_cuts(self, shards: list[Shard]) -> None:

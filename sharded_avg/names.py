@@ -2,7 +2,7 @@
 
 An Entry is one key of the unwrapped model's `state_dict()` that holds a parameter or buffer, with the dictionary slot
 that the live tensor is read from. Slots, not tensors, are kept: `.to()`, re-assigned buffers and re-registered
-parameters change the tensor in the slot.
+parameters change the tensor in the slot. A Tree remembers which module is where, so that replacing one is noticed.
 """
 
 from __future__ import annotations
@@ -80,6 +80,20 @@ def split_ties(all_entries: list[Entry]) -> tuple[list[Entry], dict[str, str]]:
             first[key] = entry.name
             unique.append(entry)
     return unique, aliases
+
+
+class Tree:
+    """Which module is where below a model, remembered, so that a module replaced, added or removed is noticed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._children = [module._modules for module in model.modules()]
+        self._sizes = list(map(len, self._children))
+        self._places = [(children, key, child) for children in self._children for key, child in children.items()]
+
+    def unchanged(self) -> bool:
+        """Local and cheap: it is asked at every update."""
+        same_sizes = list(map(len, self._children)) == self._sizes
+        return same_sizes and all(children.get(key) is child for children, key, child in self._places)
 
 
 def extra_state(model: nn.Module) -> dict[str, Any]:
