@@ -30,7 +30,9 @@ class Entry:
 
     @property
     def tensor(self) -> Tensor:
-        value: Tensor = self.slot[self.key]
+        # dict's own lookup: ZeRO-3's slots are a subclass that, after a forward that raised, gathers what it hands out and
+        # registers it as an external parameter, which breaks the next forward.
+        value: Tensor = dict.__getitem__(self.slot, self.key)
         return value
 
 
