@@ -30,8 +30,8 @@ class Entry:
 
     @property
     def tensor(self) -> Tensor:
-        # dict's own lookup: ZeRO-3's slots are a subclass that, after a forward that raised, gathers what it hands out and
-        # registers it as an external parameter, which breaks the next forward.
+        # dict's own lookup: ZeRO-3's slots are a subclass that, after a forward that raised, gathers what it hands out
+        # and registers it as an external parameter, which breaks the next forward.
         value: Tensor = dict.__getitem__(self.slot, self.key)
         return value
 
