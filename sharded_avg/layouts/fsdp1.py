@@ -51,26 +51,14 @@ from .base import AbstractLayout
 
 _UNIT_NAMES = ("_handle", "training_state")
 _HANDLE_NAMES = (
-    "flat_param",
-    "process_group",
-    "uses_sharded_strategy",
-    "reshard",
-    "post_reshard",
-    "_use_orig_params",
-    "_skipped_use_sharded_views",
-    "_writeback_orig_params",
-    "_training_state",
-    "_prefetched",
+    *("flat_param", "process_group", "uses_sharded_strategy", "reshard", "post_reshard", "_use_orig_params"),
+    *("_skipped_use_sharded_views", "_writeback_orig_params", "_training_state", "_prefetched"),
 )
 _FLAT_NAMES = (
-    "_param_infos",
-    "_shared_param_infos",
-    "_shapes",
-    "_strides",
-    "_shard_param_infos",
-    "_param_extensions",
-    "_params",
+    *("_param_infos", "_shared_param_infos", "_shapes", "_strides", "_shard_param_infos"),
+    *("_param_extensions", "_params"),
 )
+# Both are freed: FSDP frees the one that it would use next, which `train()` or `eval()` may have changed since.
 _FULL_COPIES = ("_full_param_padded", "_full_prec_full_param_padded")
 
 
@@ -78,23 +66,20 @@ class _Piece(NamedTuple):
     """Where a parameter lies in a flat parameter."""
 
     unit: int  # position in `Fsdp1Layout._units`
-    index: int  # position in the unit's flat parameter, padding not counted
+    place: int  # position in the unit's flat parameter, padding not counted
     tied: bool  # a further slot of the same parameter
 
 
 class _Key(NamedTuple):
     """One key of the unwrapped model's `state_dict()`, and what it stands for."""
 
-    name: str
-    piece: _Piece | None  # None: a tensor that FSDP does not manage, found in `slot[key]`
-    slot: dict[str, Any]
-    key: str
-    is_buffer: bool
+    entry: names.Entry  # its slot holds the tensor only if there is no piece
+    piece: _Piece | None
 
     @property
     def identity(self) -> tuple[int, int]:
         """Equal for the names of one tied tensor, and what `_cut` finds a name by."""
-        return self.piece[:2] if self.piece is not None else (-1, id(self.slot[self.key]))
+        return self.piece[:2] if self.piece is not None else (-1, id(self.entry.tensor))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,25 +119,19 @@ class Fsdp1Layout(AbstractLayout):
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` for what cannot be cut, `EngineVersionError` for an unknown torch."""
         super().__init__(model)
-        _refuse_other_engines(model)
-        self._units = _find_units(model)
-        self._group = _common_group(self._units)
-        self._aliases: dict[str, str] = {}
         self._seen_units: list[tuple[_Unit, int, tuple[bool, ...]]] = []
-        self._seen_others: list[tuple[_Key, Tensor, int, bool]] = []
+        self._seen_others: list[tuple[names.Entry, Tensor, int, bool]] = []
         self.shards()
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
         """Whether any module in `model` is a FullyShardedDataParallel."""
-        if "torch.distributed.fsdp" not in sys.modules:
-            return False
-        return any(isinstance(module, _fsdp_class()) for module in model.modules())
+        return "torch.distributed.fsdp" in sys.modules and any(_wrappers(model))
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """The ranks that hold the model together: the default group if they are all, else the group that FSDP has."""
-        return self._group
+        """The default group if all its ranks hold the model, otherwise the group that FSDP was given."""
+        return _common_group(self._units)
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -161,26 +140,27 @@ class Fsdp1Layout(AbstractLayout):
 
     def shards(self) -> list[Shard]:
         """This rank's live pieces: flat parameters in memory order, then what FSDP does not manage, then buffers."""
+        _refuse_other_engines(self.model)
         self._units = _find_units(self.model)
-        first: dict[tuple[int, int], _Key] = {}
-        self._aliases = {}
-        for key in self._keys():
-            if first.setdefault(key.identity, key) is not key:
-                self._aliases[key.name] = first[key.identity].name
-        others = sorted((key for key in first.values() if key.piece is None), key=lambda key: key.is_buffer)
-        for key in others:
-            _refuse_other(key)
+        _common_group(self._units)
+        first: dict[tuple[int, int], names.Entry] = {}
+        self._aliases: dict[str, str] = {}
+        for entry, identity in ((key.entry, key.identity) for key in self._keys()):
+            if first.setdefault(identity, entry) is not entry:
+                self._aliases[entry.name] = first[identity].name
+        others = [entry for (unit, _), entry in first.items() if unit < 0]
+        others.sort(key=lambda entry: entry.is_buffer)
         self._remember(others)
         managed = [shard for number, unit in enumerate(self._units) for shard in _cut(number, unit, first)]
-        return managed + [_whole(key) for key in others]
+        return managed + [_whole(entry) for entry in others]
 
     def is_current(self) -> bool:
         """Whether every local shard and every other tensor is where it was, and as trainable as it was."""
         for unit, ptr, requires_grad in self._seen_units:
             if unit.module._handle is not unit.handle or unit.local_ptr != ptr or unit.requires_grad != requires_grad:
                 return False
-        for key, tensor, ptr, trainable in self._seen_others:
-            now = key.slot.get(key.key)
+        for entry, tensor, ptr, trainable in self._seen_others:
+            now = entry.slot.get(entry.key)
             if now is not tensor or tensor.data_ptr() != ptr or tensor.requires_grad != trainable:
                 return False
         return True
@@ -199,38 +179,35 @@ class Fsdp1Layout(AbstractLayout):
 
         FSDP forgets where in its module a tied or ignored parameter stood: there, biases come last, as in torch.nn.
         """
-        return [key.name for key in self._keys()]
+        return [key.entry.name for key in self._keys()]
 
     def _keys(self) -> list[_Key]:
         pieces = _pieces_by_slot(self._units)
         found: list[_Key] = []
         for prefix, module in names.walk(self.model):
-            for name in _parameter_names(module, pieces, self._units):
-                piece = pieces.get(id(module), {}).get(name)
-                found.append(_Key(prefix + name, piece, module._parameters, name, is_buffer=False))
-            for name, value in module._buffers.items():
-                if value is not None and name not in module._non_persistent_buffers_set:
-                    found.append(_Key(prefix + name, None, module._buffers, name, is_buffer=True))
+            for key in _parameter_keys(module, pieces, self._units):
+                entry = names.Entry(prefix + key, module._parameters, key, is_buffer=False)
+                found.append(_Key(entry, pieces.get(id(module), {}).get(key)))
+            for key, value in module._buffers.items():
+                if value is not None and key not in module._non_persistent_buffers_set:
+                    found.append(_Key(names.Entry(prefix + key, module._buffers, key, is_buffer=True), None))
         return found
 
-    def _remember(self, others: list[_Key]) -> None:
+    def _remember(self, others: list[names.Entry]) -> None:
         self._seen_units = [(unit, unit.local_ptr, unit.requires_grad) for unit in self._units]
-        tensors = [(key, key.slot[key.key]) for key in others]
-        self._seen_others = [(key, tensor, tensor.data_ptr(), tensor.requires_grad) for key, tensor in tensors]
+        tensors = [(entry, entry.tensor) for entry in others]
+        self._seen_others = [(entry, tensor, tensor.data_ptr(), tensor.requires_grad) for entry, tensor in tensors]
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-def _fsdp_class() -> type[nn.Module]:
+def _wrappers(model: nn.Module) -> Iterator[Any]:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return FullyShardedDataParallel
+    return (module for module in model.modules() if isinstance(module, FullyShardedDataParallel))
 
 
 def _find_units(model: nn.Module) -> list[_Unit]:
     """Units in `modules()` order, which is the same on every rank."""
-    wrappers: list[Any] = [module for module in model.modules() if isinstance(module, _fsdp_class())]
+    wrappers = list(_wrappers(model))
     _check_internals(wrappers, _UNIT_NAMES)
     units = [_Unit(wrapper, wrapper._handle) for wrapper in wrappers if wrapper._handle is not None]
     for unit in units:
@@ -245,56 +222,45 @@ def _pieces_by_slot(units: list[_Unit]) -> dict[int, dict[str, _Piece]]:
     pieces: dict[int, dict[str, _Piece]] = {}
     for number, unit in enumerate(units):
         flat = unit.handle.flat_param
-        for index, info in enumerate(flat._param_infos):
-            pieces.setdefault(id(info.module), {})[info.param_name] = _Piece(number, index, tied=False)
+        for place, info in enumerate(flat._param_infos):
+            pieces.setdefault(id(info.module), {})[info.param_name] = _Piece(number, place, tied=False)
         for info in flat._shared_param_infos:
             first = pieces[id(info.prim_module)][info.prim_param_name]
             pieces.setdefault(id(info.module), {}).setdefault(info.param_name, first._replace(tied=True))
     return pieces
 
 
-def _parameter_names(module: nn.Module, pieces: Mapping[int, dict[str, _Piece]], units: list[_Unit]) -> list[str]:
+def _parameter_keys(module: nn.Module, pieces: Mapping[int, dict[str, _Piece]], units: list[_Unit]) -> list[str]:
     """Names of the parameters that `module` itself had before FSDP took them out and put views in."""
     managed = pieces.get(id(module), {})
     flat_params = {id(unit.handle.flat_param) for unit in units}
-    others = [
-        name
-        for name, value in module._parameters.items()
-        if value is not None and name not in managed and id(value) not in flat_params
-    ]
+    registered = {key: value for key, value in module._parameters.items() if value is not None}
+    others = [key for key, value in registered.items() if key not in managed and id(value) not in flat_params]
     order_is_lost = managed and (others or any(piece.tied for piece in managed.values()))
-    return sorted([*managed, *others], key=lambda name: "bias" in name) if order_is_lost else [*managed, *others]
+    return sorted([*managed, *others], key=lambda key: "bias" in key) if order_is_lost else [*managed, *others]
 
 
-def _cut(number: int, unit: _Unit, first: Mapping[tuple[int, int], _Key]) -> Iterator[Shard]:
+def _cut(number: int, unit: _Unit, first: Mapping[tuple[int, int], names.Entry]) -> Iterator[Shard]:
     """A unit's Shards in memory order. A parameter whose module has left the model has no name, hence no Shard."""
     flat, local = unit.handle.flat_param, unit.local
     flags = unit.requires_grad if flat._params is not None else (flat.requires_grad,) * len(flat._shapes)
-    for index, (shape, info, trainable) in enumerate(zip(flat._shapes, flat._shard_param_infos, flags, strict=True)):
-        key = first.get((number, index))
-        if key is None:
+    for place, (shape, info, trainable) in enumerate(zip(flat._shapes, flat._shard_param_infos, flags, strict=True)):
+        entry = first.get((number, place))
+        if entry is None:
             continue
         if info.in_shard and info.numel_in_shard:
             region = Interval(info.intra_param_start_idx, info.intra_param_end_idx + 1)
             piece = local.narrow(0, info.offset_in_shard, info.numel_in_shard)
         else:
             region, piece = Interval(0, 0), local.narrow(0, 0, 0)
-        yield Shard(key.name, torch.Size(shape), region, piece, trainable=trainable)
+        yield Shard(entry.name, torch.Size(shape), region, piece, trainable=trainable)
 
 
-def _whole(key: _Key) -> Shard:
-    tensor: Tensor = key.slot[key.key]
-    return Shard(
-        key.name,
-        tensor.shape,
-        Box.whole(tensor.shape),
-        tensor.detach(),
-        trainable=tensor.requires_grad,
-        is_buffer=key.is_buffer,
-    )
-
-
-# --- releasing -----------------------------------------------------------------------------------------------------
+def _whole(entry: names.Entry) -> Shard:
+    _refuse_other(entry)
+    tensor, region = entry.tensor, Box.whole(entry.tensor.shape)
+    trainable, is_buffer = tensor.requires_grad, entry.is_buffer
+    return Shard(entry.name, tensor.shape, region, tensor.detach(), trainable=trainable, is_buffer=is_buffer)
 
 
 def _release(unit: _Unit) -> None:
@@ -307,10 +273,12 @@ def _release(unit: _Unit) -> None:
             "FullyShardedDataParallel.summon_full_params() is active, so the parameters are not sharded now: "
             "leave that context before using the average"
         )
-    if not hasattr(handle.flat_param, "_local_shard"):
+    flat = handle.flat_param
+    if not hasattr(flat, "_local_shard"):
         return
     _wait_for_gathers(unit)
-    if _is_resharded(unit, HandleTrainingState.IDLE):
+    at_shard = flat.data_ptr() == unit.local_ptr and handle._training_state == HandleTrainingState.IDLE
+    if at_shard and not handle._skipped_use_sharded_views:
         _take_in_reassigned(unit)
     else:
         module.training_state = TrainingState.IDLE
@@ -318,14 +286,10 @@ def _release(unit: _Unit) -> None:
         # Not FSDP's own `_reshard`: that also notes an event for the rate limiter, one that no gather waits for.
         handle.reshard(free_unsharded_flat_param=handle.uses_sharded_strategy)
         handle.post_reshard()
-    _free_full_copies(handle.flat_param)
+    for copy in (getattr(flat, name, None) for name in _FULL_COPIES):
+        if copy is not None and copy.untyped_storage().size():
+            copy.untyped_storage().resize_(0)
     handle._prefetched = False
-
-
-def _is_resharded(unit: _Unit, idle: object) -> bool:
-    handle = unit.handle
-    at_shard = handle.flat_param.data_ptr() == unit.local_ptr
-    return at_shard and handle._training_state == idle and not handle._skipped_use_sharded_views
 
 
 def _wait_for_gathers(unit: _Unit) -> None:
@@ -335,16 +299,8 @@ def _wait_for_gathers(unit: _Unit) -> None:
         unit.module._device_handle.current_stream().wait_stream(stream)
 
 
-def _free_full_copies(flat: Any) -> None:
-    """Both precisions: FSDP frees the one that it would use next, which `train()` or `eval()` may have changed."""
-    for copy in _FULL_COPIES:
-        tensor: Tensor | None = getattr(flat, copy, None)
-        if tensor is not None and tensor.untyped_storage().size():
-            tensor.untyped_storage().resize_(0)
-
-
 def _take_in_reassigned(unit: _Unit) -> None:
-    """Copy parameters that the user re-assigned (`param.data = ...`) into the local shard, as the next forward would."""
+    """Copy parameters that the user re-assigned (`param.data = ...`) into the local shard, as the next forward does."""
     flat = unit.handle.flat_param
     if flat._params is None:
         return
@@ -354,9 +310,6 @@ def _take_in_reassigned(unit: _Unit) -> None:
         if moved or info.module._parameters.get(info.param_name, param) is not param:
             unit.handle._writeback_orig_params()
             return
-
-
-# --- refusing ------------------------------------------------------------------------------------------------------
 
 
 def _check_internals(owners: list[Any], needed: tuple[str, ...]) -> None:
@@ -374,85 +327,75 @@ def _refuse_other_engines(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (DistributedDataParallel, DataParallel, FSDPModule)):
             raise UnsupportedModelError(
-                f"module {name!r} is a {type(module).__name__}, in a model that FullyShardedDataParallel also cuts: the "
-                "engines would cut or copy the same parameters. Wrap the whole model with one of them"
+                f"module {name!r} is a {type(module).__name__} in a model that has FullyShardedDataParallel modules: "
+                "wrap the whole model with one of them"
             )
 
 
-def _refuse_other(key: _Key) -> None:
-    """What FSDP does not manage is kept whole; refuse what is not whole, or belongs elsewhere."""
-    tensor = key.slot[key.key]
-    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
-        why = "is managed by a FullyShardedDataParallel that does not contain it. If that one wraps the model, pass the"
-        raise UnsupportedModelError(
-            f"parameter {key.name!r} {why} outermost module; if the parameter is tied, put all modules that share it "
-            "into one FullyShardedDataParallel"
-        )
-    if hasattr(tensor, "ds_id"):
-        raise UnsupportedModelError(f"parameter {key.name!r} belongs to DeepSpeed ZeRO: use one engine for all")
-    if is_traceable_wrapper_subclass(tensor):
-        raise UnsupportedModelError(
-            f"{key.name!r} is a {type(tensor).__name__}, which FullyShardedDataParallel does not manage and which is no "
-            "plain tensor. Convert it to one, or use fully_shard (FSDP2) for models with DTensors"
-        )
-    if tensor.device.type == "meta":
-        raise UnsupportedModelError(
-            f"{key.name!r} is on the meta device and has no values: initialise it before building the average"
-        )
-
-
 def _refuse_pieces(unit: _Unit) -> None:
+    """What was cut, but not into Intervals of a row-major tensor."""
     flat = unit.handle.flat_param
+    if flat.device.type == "meta":
+        raise UnsupportedModelError("a flat parameter is on the meta device: initialise the model before averaging it")
     cut = zip(flat._param_infos, flat._shapes, flat._strides, flat._param_extensions, strict=True)
     for info, shape, stride, extension in cut:
         name = f"{info.module_name}.{info.param_name}".lstrip(".")
         if extension is not None:
             raise UnsupportedModelError(
-                f"parameter {name!r} was a DTensor when FullyShardedDataParallel took it: only fully_shard (FSDP2) "
-                "with tensor parallelism can be averaged"
+                f"parameter {name!r} was a DTensor when FullyShardedDataParallel took it: tensor parallelism can be "
+                "averaged together with fully_shard (FSDP2)"
             )
         if not torch.empty_strided(shape, stride, device="meta").is_contiguous():
             raise UnsupportedModelError(
-                f"parameter {name!r} of shape {tuple(shape)} has strides {tuple(stride)}: FullyShardedDataParallel cuts "
-                "it in memory order, not in row-major order. Call .contiguous() on it before wrapping"
+                f"parameter {name!r} of shape {tuple(shape)} has strides {tuple(stride)}, and "
+                "FullyShardedDataParallel cuts in memory order: call .contiguous() on it before wrapping"
             )
-    if unit.local.device.type == "meta":
-        raise UnsupportedModelError("a flat parameter is on the meta device: initialise the model first")
 
 
-# --- the group -----------------------------------------------------------------------------------------------------
+def _refuse_other(entry: names.Entry) -> None:
+    """What FSDP does not manage is kept whole; refuse what is not whole, or belongs to someone else."""
+    tensor: Any = entry.tensor
+    if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
+        raise UnsupportedModelError(
+            f"parameter {entry.name!r} is managed by a FullyShardedDataParallel that does not contain it: pass the "
+            "outermost module, and put all modules that share a tied parameter into one FullyShardedDataParallel"
+        )
+    if is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedModelError(
+            f"{entry.name!r} is a {type(tensor).__name__} that FullyShardedDataParallel does not manage: make it a "
+            "plain tensor, or use fully_shard (FSDP2), which cuts into DTensors"
+        )
+    if tensor.device.type == "meta":
+        raise UnsupportedModelError(f"{entry.name!r} is on the meta device: initialise it before averaging the model")
 
 
 def _common_group(units: list[_Unit]) -> dist.ProcessGroup:
+    """The one set of ranks that all units are held by."""
+    if not units:
+        raise UnsupportedModelError("no FullyShardedDataParallel of the model has a parameter: pass the plain module")
     groups = [_group_of(unit) for unit in units]
-    ranks = {frozenset(dist.get_process_group_ranks(group)) for group in groups}
+    ranks = sorted({tuple(sorted(dist.get_process_group_ranks(group))) for group in groups})
     if len(ranks) > 1:
         raise UnsupportedModelError(
-            f"FullyShardedDataParallel modules of one model are spread over different ranks, {sorted(map(sorted, ranks))}"
-            ": wrap all of them with the same process_group"
+            f"FullyShardedDataParallel modules of the model lie on different ranks, {ranks}: give all of them the same "
+            "process_group"
         )
     return groups[0]
 
 
 def _group_of(unit: _Unit) -> dist.ProcessGroup:
     """The ranks that hold a unit together, replicas included."""
-    shard_group: dist.ProcessGroup = unit.handle.process_group
+    cut: dist.ProcessGroup = unit.handle.process_group
     replicas: dist.ProcessGroup | None = getattr(unit.module, "_inter_node_pg", None)
-    group = shard_group
-    if replicas is not None and replicas.size() > 1:
-        group = replicas
-        if shard_group.size() > 1 and shard_group.size() * replicas.size() != dist.get_world_size():
-            raise UnsupportedModelError(
-                f"HYBRID_SHARD over {shard_group.size()} x {replicas.size()} of {dist.get_world_size()} ranks: no process "
-                "group holds exactly these. Let the two groups cover the world"
-            )
-        if shard_group.size() > 1:
-            return _world()
-    return _world() if group.size() == dist.get_world_size() else group
-
-
-def _world() -> dist.ProcessGroup:
+    num_replicas = 1 if replicas is None else replicas.size()
     world = dist.group.WORLD
-    if world is None:
-        raise UnsupportedModelError("the default process group is gone: build the average before destroying it")
-    return world
+    if world is not None and cut.size() * num_replicas == world.size():
+        return world
+    if replicas is None or num_replicas == 1:
+        return cut
+    if cut.size() == 1:
+        return replicas
+    raise UnsupportedModelError(
+        f"HYBRID_SHARD over {num_replicas} x {cut.size()} ranks of {dist.get_world_size()}: no process group holds "
+        "exactly these. Let the two groups cover the world"
+    )
