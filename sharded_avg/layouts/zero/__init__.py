@@ -29,14 +29,15 @@ Stable names from DeepSpeed 0.16 to 0.19; a missing one is an `EngineVersionErro
     FP16Unfused  fp16_groups, fp32_groups: stage 0 with any other optimizer; one master tensor for each parameter
     ZeRO 3       fp16_groups, fp16_partitioned_groups_flat, fp32_partitioned_groups_flat, persistent_parameters,
                  parameter_offload.fwd_pre_hook, empty_partition_cache
-    parameter    ds_tensor (with ds_numel), ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather
-                 (stage 3); _hp_mapping (stages 1, 2: only whether there is one, which ends with `engine.destroy()`)
+    parameter    ds_tensor (with ds_numel), ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather,
+                 ds_secondary_tensor (stage 3); _hp_mapping (stages 1, 2: only whether it is there: destroy() ends it)
 
 [Note: gathered copies]
 Under stage 3 a forward without backward leaves parameters gathered, and later forwards read those copies, not
 `ds_tensor`. `empty_partition_cache` waits for prefetches and frees every copy without writing it back. Parameters below
 `stage3_param_persistence_threshold` stay gathered from step to step: `publish` gathers them anew. This is what
-DeepSpeed itself does around a checkpoint.
+DeepSpeed itself does around a checkpoint. With `zero_hpz_partition_size` > 1 forward gathers from a second partition;
+`publish` drops it, as a step does.
 """
 
 from __future__ import annotations

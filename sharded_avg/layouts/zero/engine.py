@@ -62,14 +62,10 @@ def refuse(engine: Any) -> None:
             raise UnsupportedModelError(f"cannot average this DeepSpeed engine: {what}; {remedy}")
 
 
-def check_readable(engine: Any) -> None:
-    """Raise if masters or weights are somewhere else for now."""
-    if states := getattr(engine.optimizer, "offloaded_states", None):
-        moved = ", ".join(sorted(str(getattr(state, "value", state)) for state in states))
-        raise UnsupportedModelError(
-            f"engine.offload_states() has moved {moved} away, so there is nothing to read in place; "
-            "call engine.reload_states() first"
-        )
+def moved_away(engine: Any) -> str:
+    """What `engine.offload_states()` has put elsewhere for now; "" if nothing."""
+    states = getattr(engine.optimizer, "offloaded_states", None) or ()
+    return ", ".join(sorted(str(getattr(state, "value", state)) for state in states))
 
 
 def _without_masters(engine: Any) -> bool:
@@ -137,9 +133,9 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         'use {"device": "cpu"} for offload_optimizer and offload_param',
     ),
     (
-        lambda engine: engine.zero_optimization_stage() == 3 and engine.zero_hpz_partition_size() > 1,
-        "with zero_hpz_partition_size > 1 forward reads a second copy of the partitions",
-        "set zero_hpz_partition_size to 1",
+        lambda engine: is_a(engine.optimizer, "MiCS_Optimizer"),
+        "MiCS is untested here, and DeepSpeed has removed it",
+        "use ZeRO 3, perhaps with zero_hpz_partition_size",
     ),
     (
         _quantized,

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ... import names
-from ...errors import LayoutChangedError
+from ...errors import LayoutChangedError, UnsupportedModelError
 from ...shard import Box, Shard
 from ..base import AbstractLayout
-from .engine import STAGE_3, check_readable, is_a, kind, need, refuse
+from .engine import STAGE_3, is_a, kind, moved_away, need, refuse
 from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
 from .replicated import Replicated
@@ -36,7 +36,9 @@ class ZeroLayout(AbstractLayout):
         self._homes: list[Tensor] = []
         self._pointers: list[int] = []
         self._aliases: dict[str, str] = {}
-        self.shards()  # what cannot be read is refused now, not at the first update
+        if reason := self._out_of_reach():
+            raise UnsupportedModelError(reason)
+        self.shards()  # a missing attribute is noticed now, not at the first update
         need(engine, "was_step_applied")
 
     @property
@@ -51,13 +53,12 @@ class ZeroLayout(AbstractLayout):
         return is_a(model, "DeepSpeedEngine")
 
     def shards(self) -> list[Shard]:
-        """Masters in memory order, then what has none. Raises `LayoutChangedError` after `engine.destroy()`."""
-        check_readable(self._engine)
-        if not self._weights.alive():
-            raise LayoutChangedError(
-                "the DeepSpeed engine was destroyed (engine.destroy(), or the trainer's teardown): nothing steps these "
-                "weights any more; save or export the average before that, or build a new one on a new engine"
-            )
+        """Masters in memory order, then what has none.
+
+        Raises `LayoutChangedError` after `engine.destroy()` or `engine.offload_states()`.
+        """
+        if reason := self._out_of_reach():
+            raise LayoutChangedError(reason)
         entries = names.entries(self.model)
         unique, self._aliases = names.split_ties(entries)
         pieces = {id(piece.param): piece for piece in self._weights.pieces()}
@@ -66,6 +67,17 @@ class ZeroLayout(AbstractLayout):
         shards = [_shard(entry, pieces.get(id(entry.tensor))) for entry in unique]
         self._remember(entries)
         return shards
+
+    def _out_of_reach(self) -> str | None:
+        """Why the weights cannot be read at this time."""
+        if moved := moved_away(self._engine):
+            return f"engine.offload_states() has moved {moved} away: call engine.reload_states() first"
+        if not self._weights.alive():
+            return (
+                "the DeepSpeed engine was destroyed (engine.destroy(), or the trainer's teardown), so nothing steps "
+                "these weights any more: save or export the average before that, or use it on a new engine"
+            )
+        return None
 
     def _remember(self, entries: list[names.Entry]) -> None:
         self._entries = [(entry, entry.tensor) for entry in entries]

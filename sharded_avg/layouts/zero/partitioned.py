@@ -46,6 +46,9 @@ class Partitioned(AbstractWeights):
 
     def publish(self) -> None:
         self._optimizer.empty_partition_cache()
+        for param in self._engine.module.parameters():
+            if getattr(param, "ds_secondary_tensor", None) is not None:
+                param.ds_secondary_tensor = None  # the second partition of hpZ, now stale: made anew at next use
         if persistent := self._optimizer.persistent_parameters:
             with torch.no_grad():
                 persistent[0].all_gather(persistent)
