@@ -18,20 +18,22 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .arguments import MANIFEST_KEY, as_device, as_dtype, as_rules, as_schedule, check_buffers
-from .checkpoint.dcp import NOT_STARTED, ShardItem
-from .checkpoint.folder import load_folder, read_manifest, save_folder
-from .checkpoint.manifest import AverageRecord, Manifest
-from .collectives import agree, rank_in
+from .checkpoint.dcp import Destination, ShardItem
+from .checkpoint.fit import LoadResult, compare
+from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
+from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from .errors import CheckpointError, ConfigError, NotStartedError, SwapError
-from .gather import Item, gather, scatter
+from .history import History
 from .members import Include, Members
 from .rules import AbstractRule
-from .schedule import WhenFn
+from .schedule import WhenFn, schedule_settings
 from .shard import Shard
 from .store import Store
+from .summon import full_params
 from .swap import Pair, swapped_in
 from .version import __version__
 
@@ -75,8 +77,9 @@ class ShardedAverage:
         check_buffers(buffers)
         self._store = Store(tuple(self._rules), as_dtype(dtype), as_device(device))
         self._members = Members(model, include, average_buffers=buffers == "average")
-        self._counts = dict.fromkeys(self._rules, 0)
+        self._histories = dict.fromkeys(self._rules, History())
         self._step = 0
+        self._carrier: dist.ProcessGroup | None = None
         self._swapped: str | None = None
 
     @property
@@ -87,7 +90,7 @@ class ShardedAverage:
     @property
     def n_averaged(self) -> int:
         """Updates applied so far, as a Python int."""
-        return max(self._counts.values())
+        return max(history.n_averaged for history in self._histories.values())
 
     @property
     def nbytes(self) -> int:
@@ -114,8 +117,9 @@ class ShardedAverage:
         due = bool(self._schedule(self._step + 1))
         if due:
             self._arrange(admit=True)
-            self._store.update(self._rules, self._counts)
-            self._counts = {name: count + 1 for name, count in self._counts.items()}
+            counts = {name: history.n_averaged for name, history in self._histories.items()}
+            self._store.update(self._rules, counts)
+            self._histories = {name: history.after(self._step + 1) for name, history in self._histories.items()}
         self._step += 1
         return due
 
@@ -140,20 +144,16 @@ class ShardedAverage:
         """
         self._refuse_while_swapped("swapped()")
         name = self._resolve(name)
-        if not self._counts[name]:
+        if not self._histories[name].n_averaged:
             yield False
             return
         self._arrange()
-        with swapped_in(self._members.layout, [self._pair(name, shard) for shard in self._held()]):
+        with swapped_in(self._members.layout, [self._pair(name, shard) for shard in self._members.averaged]):
             self._swapped = name
             try:
                 yield True
             finally:
                 self._swapped = None
-
-    def _held(self) -> list[Shard]:
-        """The averaged shards that have an average yet."""
-        return [shard for shard in self._members.averaged if shard.name in self._store]
 
     def _pair(self, name: str, shard: Shard) -> Pair:
         master = None if shard.working is None else shard.tensor
@@ -177,7 +177,7 @@ class ShardedAverage:
         name = self._started(name)
         self._arrange()
         self._members.layout.release()
-        for shard in self._held():
+        for shard in self._members.averaged:
             for live in (shard.tensor, shard.target):
                 live.copy_(self._store.view(name, shard.name))
         self._members.layout.publish()
@@ -204,42 +204,15 @@ class ShardedAverage:
         if writeback:
             self._refuse_while_swapped("summon_full_params(writeback=True)")
         name = self._started(name)
-        state = self._full_state(name, offload_to_cpu, rank0_only)
-        error: BaseException | None = None
-        try:
-            yield state
-        except BaseException as failure:
-            error = failure
-            raise
-        finally:
-            if writeback:
-                self._write_back(name, state, error, rank0_only)
-
-    @torch.no_grad()
-    def _full_state(self, name: str, offload_to_cpu: bool, rank0_only: bool) -> dict[str, Any]:
-        layout = self._members.layout
         self._arrange()
-        layout.release()
-        device = torch.device("cpu") if offload_to_cpu else None
-        full = gather(layout.group, self._items(name, self._members.all), rank0_only=rank0_only, device=device)
-        return self._members.state(full) if self._keeps(rank0_only) else {}
-
-    def _keeps(self, rank0_only: bool) -> bool:
-        return not rank0_only or rank_in(self._members.layout.group) == 0
-
-    def _items(self, name: str, shards: list[Shard]) -> list[Item]:
-        return [
-            Item(s.name, s.shape, s.region, self._average_of(name, s) if s.name in self._store else s.tensor)
-            for s in shards
-        ]
-
-    @torch.no_grad()
-    def _write_back(self, name: str, state: dict[str, Any], error: BaseException | None, rank0_only: bool) -> None:
-        held = self._held()
-        if error is None and self._keeps(rank0_only):
-            error = _misfit(state, held)
-        agree(self._members.layout.group, error, "editing the full averages; none were written back")
-        scatter(self._members.layout.group, self._items(name, held), state, rank0_only=rank0_only)
+        with full_params(
+            self._members,
+            partial(self._average_of, name),
+            offload_to_cpu=offload_to_cpu,
+            rank0_only=rank0_only,
+            writeback=writeback,
+        ) as full:
+            yield full
 
     # -- keeping ---------------------------------------------------------------------------------------------------
 
@@ -247,22 +220,72 @@ class ShardedAverage:
         """Collective: all ranks must call. Write a torch.distributed.checkpoint folder that any engine can load.
 
         Each rank writes its own pieces. The folder has its final name only when it is whole; an earlier one at `path`
-        is kept until then. Before the first update only counters are saved, so that a resumed run starts on time.
-        Raises `CheckpointError` if it cannot be written.
+        is kept until then. A path with `://` goes through fsspec. Before the first update only counters are saved, so
+        that a resumed run starts on time. Raises `CheckpointError` if it cannot be written.
         """
         save_folder(path, self.state_dict(), self._manifest(), self._members.layout.group)
 
+    def async_save(self, path: str | os.PathLike[str]) -> PendingSave:
+        """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
+
+        Training, updates and swaps may go on; call `result()` of what is returned, on all ranks, to wait for the
+        bytes and give the folder its name. The first call makes a gloo group for the traffic.
+        """
+        group = everyone(self._members.layout.group)
+        if self._carrier is None and group is not None:
+            self._carrier = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
+        return save_folder_async(path, self.state_dict(), self._manifest(), group, self._carrier)
+
     @torch.no_grad()
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadResult:
         """Collective: all ranks must call. Read what `save` wrote, on any engine and any number of ranks.
 
-        Raises `CheckpointError`, and changes nothing, if names, shapes or the set of averages differ.
+        Raises `CheckpointError`, and changes nothing, if averages, names, shapes or dtypes do not fit, or if the
+        folder is torn. With `strict=False`, loads what fits and says in the result what it left out: an average that
+        is missing stays as it is, a parameter that is missing starts again from its live value.
         """
         self._refuse_while_swapped("load()")
-        self._check_fit(read_manifest(path))
-        state = self.state_dict()
-        load_folder(path, state, self._members.layout.group)
-        self.load_state_dict(state)
+        folder, manifest = read_manifest(path, self._members.layout.group)
+        result = compare(manifest, self._manifest())
+        if strict:
+            result.require_all()
+        fresh = self._store_to_read(manifest, result)
+        # Into a store of its own, which takes the place of the present one when everything has been read.
+        state = {MANIFEST_KEY: "", **self._items_to_read(fresh, manifest, result)}
+        load_folder(folder, state, self._members.layout.group)
+        if Manifest.from_json(state[MANIFEST_KEY]) != manifest:
+            raise CheckpointError(f"{folder!r} is torn: its manifest is of another save. Nothing was changed")
+        self._store = fresh
+        self._take_over(manifest)
+        return result
+
+    def _store_to_read(self, manifest: Manifest, result: LoadResult) -> Store:
+        """An arranged store: live values, and the averages that stay as they are; nothing if nothing has started."""
+        self._members.refresh()
+        fresh = self._store.like()
+        if any(record.n_averaged for record in manifest.averages.values()) or self.n_averaged:
+            fresh.arrange(self._members.averaged)
+            if self.n_averaged:
+                fresh.take_from(self._store, result.missing_averages)
+        return fresh
+
+    def _items_to_read(self, store: Store, manifest: Manifest, result: LoadResult) -> dict[str, Any]:
+        left_out = {*result.missing_keys, *result.misfits}
+        return {
+            name: {
+                shard.name: self._shard_item(shard, None, partial(store.view, name, shard.name))
+                for shard in self._members.averaged
+                if shard.name not in left_out
+            }
+            for name, record in manifest.averages.items()
+            if name in self._rules and record.n_averaged
+        }
+
+    def _take_over(self, manifest: Manifest) -> None:
+        for name, record in manifest.averages.items():
+            if name in self._rules:
+                self._histories[name] = record.history
+        self._step = manifest.step
 
     def state_dict(self) -> dict[str, Any]:
         """A `Stateful`'s part of `torch.distributed.checkpoint.save({"average": average, ...})`. Local.
@@ -273,59 +296,67 @@ class ShardedAverage:
         self._members.refresh()
         state: dict[str, Any] = {MANIFEST_KEY: self._manifest().to_json()}
         for name in self._rules:
-            state[name] = {shard.name: self._shard_item(name, shard) for shard in self._members.averaged}
+            started = self._histories[name].n_averaged and self._store.arranged
+            state[name] = {
+                shard.name: self._shard_item(
+                    shard, self._average_of(name, shard) if started else None, partial(self._arranged_view, name, shard)
+                )
+                for shard in self._members.averaged
+            }
         return state
 
-    def _shard_item(self, name: str, shard: Shard) -> ShardItem:
-        started = bool(self._counts[name]) and shard.name in self._store
-        values = partial(self._values, name, shard)
-        return ShardItem(shard.shape, shard.region, self._store.dtype_of(shard), values, started=started)
+    def _shard_item(self, shard: Shard, local: Tensor | None, destination: Callable[[], Tensor]) -> ShardItem:
+        return ShardItem(shard.shape, shard.region, self._store.dtype_of(shard), local, Destination(destination))
 
-    def _values(self, name: str, shard: Shard) -> Tensor:
-        if shard.name not in self._store:
+    def _arranged_view(self, name: str, shard: Shard) -> Tensor:
+        if not self._store.arranged:
             self._store.arrange(self._members.averaged)
         return self._average_of(name, shard)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over counters after torch.distributed.checkpoint has read the values into `state_dict()`'s items."""
+        """Take over counters after torch.distributed.checkpoint has read the values into `state_dict()`'s items.
+
+        Raises `CheckpointError` if averages, names, shapes or dtypes do not fit, or if the values were not read.
+        """
         self._refuse_while_swapped("load_state_dict()")
         manifest = Manifest.from_json(state_dict.get(MANIFEST_KEY))
-        self._check_fit(manifest)
-        for name, record in manifest.averages.items():
-            for key, item in state_dict[name].items():
-                if record.n_averaged and not isinstance(item, ShardItem):
-                    raise CheckpointError(
-                        f"{name}.{key} is {item if item == NOT_STARTED else type(item).__name__!r}, not an item that "
-                        "was read: pass state_dict() through torch.distributed.checkpoint.load first"
-                    )
-        if any(record.n_averaged for record in manifest.averages.values()):
+        compare(manifest, self._manifest()).require_all()
+        started = [name for name, record in manifest.averages.items() if record.n_averaged]
+        for name in started:
+            unread = [key for key, item in state_dict[name].items() if not isinstance(item, ShardItem)]
+            if unread:
+                raise CheckpointError(
+                    f"{unread} of the average {name!r} were not read: pass state_dict() through "
+                    "torch.distributed.checkpoint.load first, or call load(path)"
+                )
+        if started:
             self._arrange()
-        self._counts = {name: record.n_averaged for name, record in manifest.averages.items()}
-        self._step = manifest.step
+        self._take_over(manifest)
 
     def _manifest(self) -> Manifest:
         shards = self._members.averaged
-        dtypes = sorted({str(self._store.dtype_of(shard)).removeprefix("torch.") for shard in shards})
-        shapes = {shard.name: list(shard.shape) for shard in shards}
+        tensors = {
+            shard.name: TensorRecord(
+                shape=list(shard.shape), dtype=str(self._store.dtype_of(shard)).removeprefix("torch.")
+            )
+            for shard in shards
+        }
+        histories = self._histories
         return Manifest(
             step=self._step,
             averages={
-                name: AverageRecord(rule=rule.settings(), n_averaged=self._counts[name], dtype=",".join(dtypes))
+                name: AverageRecord(
+                    rule=rule.settings(), n_averaged=histories[name].n_averaged, updates=histories[name].as_lists()
+                )
                 for name, rule in self._rules.items()
             },
-            shapes=shapes,
-            aliases={alias: name for alias, name in self._members.layout.aliases.items() if name in shapes},
+            tensors=tensors,
+            aliases={alias: name for alias, name in self._members.layout.aliases.items() if name in tensors},
+            schedule=schedule_settings(self._schedule),
             package=__version__,
             torch=str(torch.__version__),
         )
-
-    def _check_fit(self, manifest: Manifest) -> None:
-        mine = self._manifest()
-        problems = [*_differences("average", manifest.averages, mine.averages, lambda a, b: True)]
-        problems += _differences("parameter", manifest.shapes, mine.shapes, lambda a, b: list(a) == list(b))
-        if problems:
-            raise CheckpointError("the saved average does not fit: " + "; ".join(problems) + ". Nothing was changed")
 
     # -- guards ----------------------------------------------------------------------------------------------------
 
@@ -338,7 +369,7 @@ class ShardedAverage:
 
     def _started(self, name: str | None) -> str:
         name = self._resolve(name)
-        if not self._counts[name]:
+        if not self._histories[name].n_averaged:
             raise NotStartedError(
                 f"the average {name!r} has had no update yet ({self._step} steps seen), so there are no averaged "
                 "weights to hand out. Call update() after optimizer steps, and check the schedule's start_step"
@@ -351,29 +382,3 @@ class ShardedAverage:
                 f"{what} cannot be called while the average {self._swapped!r} is swapped in: live and averaged values "
                 "have changed places. Leave the `with average.swapped():` block first"
             )
-
-
-def _misfit(state: Mapping[str, Any], shards: list[Shard]) -> ConfigError | None:
-    """What is wrong with edited full tensors, if anything."""
-    for shard in shards:
-        edited = state.get(shard.name)
-        if not isinstance(edited, Tensor) or edited.shape != shard.shape:
-            found = f"one of shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else type(edited).__name__
-            return ConfigError(
-                f"writeback of {shard.name!r}: expected a tensor of shape {tuple(shard.shape)}, got {found}"
-            )
-    return None
-
-
-def _differences(
-    what: str, saved: Mapping[str, Any], mine: Mapping[str, Any], equal: Callable[[Any, Any], bool]
-) -> Iterator[str]:
-    missing = [name for name in mine if name not in saved]
-    unexpected = [name for name in saved if name not in mine]
-    unequal = [f"{n!r} (saved {saved[n]}, here {mine[n]})" for n in mine if n in saved and not equal(saved[n], mine[n])]
-    if missing:
-        yield f"{what}s missing from it: {missing}"
-    if unexpected:
-        yield f"{what}s it has and the model's average lacks: {unexpected}"
-    if unequal:
-        yield f"{what}s of another shape: {unequal}"

@@ -7,7 +7,8 @@ any other callable with that signature works too, provided that it answers alike
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from .errors import ConfigError
 
@@ -34,3 +35,11 @@ class Schedule:
 
     def __call__(self, step: int) -> bool:
         return step >= self.start_step and (step - self.start_step) % self.every_steps == 0
+
+
+def schedule_settings(schedule: WhenFn) -> dict[str, Any]:
+    """What a manifest says of a schedule: JSON values only."""
+    if isinstance(schedule, Schedule):
+        return {"kind": "Schedule", **asdict(schedule)}
+    where = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+    return {"kind": "callable", "function": f"{getattr(schedule, '__module__', '?')}:{where}"}

@@ -55,6 +55,17 @@ class Store:
         self._batches: list[Batch] = []
         self._is_arranged = False
 
+    def like(self) -> Store:
+        """An empty store with the same settings."""
+        return Store(self.names, self._dtype, self._device)
+
+    def take_from(self, other: Store, names: Iterable[str]) -> None:
+        """Copy the averages `names` of the shards that both hold."""
+        for name in names:
+            for shard_name, view in self._views[name].items():
+                if shard_name in other:
+                    view.copy_(other.view(name, shard_name))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arenas on this rank, without scratch."""

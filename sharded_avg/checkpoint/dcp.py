@@ -27,30 +27,47 @@ from ..shard import Box, Patch, Region, patches
 NOT_STARTED = "not started"
 
 
+class Destination:
+    """Where a value that is read goes, found out when the first byte arrives; copies of an item share it."""
+
+    def __init__(self, find: Callable[[], Tensor]) -> None:
+        self._find = find
+
+    def __call__(self) -> Tensor:
+        """The local tensor, shaped like the item's region."""
+        return self._find()
+
+    def __deepcopy__(self, memo: Any) -> Destination:
+        return self
+
+
 class ShardItem(Tensor):
     """One averaged tensor in a DCP state dict.
 
     DCP takes only tensors apart, so this is one: it has the full shape and dtype and no data, and refuses arithmetic.
-    `values()` returns the local average, shaped like the region; it is called when bytes move, and allocates the
-    store if there is none yet. `started` is False before the first update.
+    `local` is this rank's average, shaped like the region; `None` before the first update. `destination` is where a
+    value that is read goes; it may allocate. DCP's asynchronous save copies the attributes of a tensor subclass, and
+    with `local` the values, before training goes on.
     """
 
     _patches: dict[tuple[int, ...], Patch]
-    _values: Callable[[], Tensor]
-    _started: bool
+    _local: Tensor | None
+    _destination: Destination
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size, region: Region, dtype: torch.dtype, values: Callable[[], Tensor], *, started: bool
+        cls, shape: torch.Size, region: Region, dtype: torch.dtype, local: Tensor | None, destination: Destination
     ) -> ShardItem:
         item: ShardItem = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         item._patches = {patch.box.offsets: patch for patch in patches(region, tuple(shape))}
-        item._values = values
-        item._started = started
+        item._local = local
+        item._destination = destination
         return item
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.new_empty.default:  # how DCP begins a copy, whose attributes it sets afterwards
+            return Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=args[0].dtype, device=torch.device("cpu"))
         raise CheckpointError(
             f"{func} on an item of ShardedAverage.state_dict(): such items hold pieces, not values. Pass the state "
             "dict to torch.distributed.checkpoint, or use save(), or summon_full_params() for full tensors"
@@ -69,7 +86,7 @@ class ShardItem(Tensor):
         return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        if not self._started:
+        if self._local is None:
             return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
         properties = TensorProperties(dtype=self.dtype)
         return [
@@ -87,7 +104,8 @@ class ShardItem(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor | str:
         if index.offset is None:
             return NOT_STARTED
-        return _window(self._values(), self._patches[tuple(index.offset)])
+        local = self._local if self._local is not None else self._destination()
+        return _window(local, self._patches[tuple(index.offset)])
 
 
 def _window(values: Tensor, patch: Patch) -> Tensor:

@@ -1,105 +1,178 @@
-"""A saved average: a torch.distributed.checkpoint folder with `manifest.json` beside it.
+"""Saving and loading an average as a folder: every rank its own pieces, and rank 0 the name.
 
-save    every rank writes its pieces into `<path>.incoming`; when all are done, rank 0 writes the manifest and gives
-        the folder its name, keeping the old one until then
-load    every rank reads the manifest, and then its own pieces
+    save    all ranks write their pieces into the incoming folder, through torch.distributed.checkpoint (DCP), which
+            writes its index last; then rank 0 adds the manifest and gives the folder its name
+    load    rank 0's manifest goes to all ranks, which check that it fits; then each reads its own pieces
+
+A PendingSave is a save whose bytes are still on their way; `result()` ends it.
 """
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..collectives import agree, rank_in
-from ..errors import CheckpointError
+from ..collectives import agree, gather_objects, rank_in
+from ..errors import CheckpointError, ShardedAvgError
 from .manifest import Manifest
+from .place import MANIFEST_FILE, AbstractPlace, place_of
+from .safe import safe_storage_reader
 
-MANIFEST_FILE = "manifest.json"
-
-
-def save_folder(
-    path: str | os.PathLike[str], state: Mapping[str, Any], manifest: Manifest, group: dist.ProcessGroup | None
-) -> None:
-    """Collective: all ranks must call. Write `state` and `manifest`; the folder appears under its name when whole."""
-    final = Path(path)
-    incoming = final.with_name(final.name + ".incoming")
-    group = _everyone(group)
-    with _on_rank_0(group, "preparing the checkpoint folder") as act:
-        if act:
-            shutil.rmtree(incoming, ignore_errors=True)
-            incoming.mkdir(parents=True)
-    with _quiet(), _as_checkpoint_error(f"saving to {str(incoming)!r}"):
-        dcp_save(dict(state), checkpoint_id=str(incoming), process_group=group)
-    with _on_rank_0(group, "naming the finished checkpoint folder") as act:
-        if act:
-            (incoming / MANIFEST_FILE).write_text(manifest.to_json())
-            _replace(final, incoming)
+Path = str | os.PathLike[str]
 
 
-def _replace(final: Path, incoming: Path) -> None:
-    outgoing = final.with_name(final.name + ".outgoing")
-    shutil.rmtree(outgoing, ignore_errors=True)
-    if final.exists():
-        final.rename(outgoing)
-    incoming.rename(final)
-    shutil.rmtree(outgoing, ignore_errors=True)
+def save_folder(path: Path, state: Mapping[str, Any], manifest: Manifest, group: dist.ProcessGroup | None) -> None:
+    """Collective: all ranks must call. The folder has its name when it is whole; an earlier one stays until then."""
+    group = everyone(group)
+    place = _prepared(path, group)
+    with _clear_errors(f"saving to {place.incoming!r}"):
+        dcp_save(dict(state), checkpoint_id=place.incoming, process_group=group)
+    _on_rank_0(group, lambda: _publish(place, manifest), f"naming the finished folder {place.path!r}")
 
 
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a saved average; raises `CheckpointError` if there is none."""
-    file = Path(path) / MANIFEST_FILE
+def _prepared(path: Path, group: dist.ProcessGroup | None) -> AbstractPlace:
+    place = place_of(path)
+    _on_rank_0(group, place.prepare, f"preparing {place.incoming!r}")
+    return place
+
+
+def _publish(place: AbstractPlace, manifest: Manifest) -> None:
+    place.write(f"{place.incoming}/{MANIFEST_FILE}", manifest.to_json())
+    place.publish()
+
+
+class PendingSave:
+    """A save under way. Training and updates may go on: what lands is the state of the moment of the call."""
+
+    def __init__(self, place: AbstractPlace, manifest: Manifest, future: Any, group: dist.ProcessGroup | None) -> None:
+        self._place, self._manifest, self._future, self._group = place, manifest, future, group
+        self._ended = False
+
+    def done(self) -> bool:
+        """Whether this rank's bytes are written; the folder has its name only after `result()`. Local."""
+        return bool(self._future.done())
+
+    def result(self) -> None:
+        """Collective: all ranks must call. Wait for all bytes, and give the folder its name."""
+        if self._ended:
+            return
+        with _clear_errors(f"saving to {self._place.incoming!r}"):
+            self._future.result()
+        name = f"naming the finished folder {self._place.path!r}"
+        _on_rank_0(self._group, lambda: _publish(self._place, self._manifest), name)
+        self._ended = True
+
+
+def save_folder_async(
+    path: Path, state: Mapping[str, Any], manifest: Manifest, group: dist.ProcessGroup | None, carrier: Any
+) -> PendingSave:
+    """Collective: all ranks must call. As `save_folder`, returning when the values are copied to host memory.
+
+    `carrier`: a gloo group of the same ranks that nothing else uses while bytes travel.
+    """
+    group = everyone(group)
+    place = _prepared(path, group)
+    with _clear_errors(f"saving to {place.incoming!r}"):
+        future = dcp_async_save(dict(state), checkpoint_id=place.incoming, process_group=carrier)
+    return PendingSave(place, manifest, future, group)
+
+
+def read_manifest(path: Path, group: dist.ProcessGroup | None = None) -> tuple[str, Manifest]:
+    """Collective: all ranks must call. The newest whole folder of that name, and its manifest, as rank 0 sees them."""
+    found: tuple[str, str] | ShardedAvgError | None = None
+    if rank_in(group) == 0:
+        try:
+            found = _find(path)
+        except ShardedAvgError as error:
+            found = error
+    found = gather_objects(everyone(group), found)[0]
+    if isinstance(found, ShardedAvgError):
+        raise found
+    if found is None:
+        raise CheckpointError(f"rank 0 found nothing at {os.fspath(path)!r}")
+    return found[0], Manifest.from_json(found[1])
+
+
+def _find(path: Path) -> tuple[str, str]:
+    place = place_of(path)
     try:
-        return Manifest.from_json(file.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{str(path)!r} holds no saved average: {MANIFEST_FILE} cannot be read ({error.strerror}). A save that was "
-            "cut short leaves its pieces under the name with .incoming added, and the folder before it untouched"
-        ) from error
+        whole = place.whole()
+        if whole is not None:
+            return whole, place.read(f"{whole}/{MANIFEST_FILE}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{place.path!r}: {MANIFEST_FILE} cannot be read: {error}") from error
+    raise CheckpointError(f"{place.path!r} holds no saved average: {_what_is_there(place)}")
 
 
-def load_folder(path: str | os.PathLike[str], state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Collective: all ranks must call. Read the pieces that the items of `state` ask for, in place."""
-    with _quiet(), _as_checkpoint_error(f"loading {str(path)!r}"):
-        dcp_load(state, checkpoint_id=str(path), process_group=_everyone(group))
+def _what_is_there(place: AbstractPlace) -> str:
+    if place.exists(place.incoming):
+        return f"only {place.incoming!r}, the pieces of a first save that was cut short; it cannot be used"
+    if not place.exists(place.path):
+        return "there is nothing of that name"
+    return f"it has no {MANIFEST_FILE}, so it is something else, or was torn while it was copied"
 
 
-def _everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def load_folder(path: str, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Collective: all ranks must call. Read into the items of `state`; what the folder holds is never executed."""
+    with _clear_errors(f"loading {path!r}"):
+        dcp_load(state, storage_reader=safe_storage_reader(path), planner=_SafePlanner(), process_group=everyone(group))
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """Reads objects that are not tensors (the manifest, NOT_STARTED) without running what a pickle may hold."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, weights_only=True)
+        super().load_bytes(read_item, _saved_again(loaded))
+
+
+def _saved_again(value: object) -> io.BytesIO:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    return stream
+
+
+def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The group that saves together: replicated plain models save as one job."""
     return dist.group.WORLD if group is None and dist.is_initialized() else group
 
 
-@contextmanager
-def _on_rank_0(group: dist.ProcessGroup | None, doing: str) -> Iterator[bool]:
-    """Collective: all ranks must call. The body acts on rank 0; all ranks raise if it fails there."""
+def _on_rank_0(group: dist.ProcessGroup | None, action: Callable[[], None], doing: str) -> None:
+    """Collective: all ranks must call. Rank 0 acts; all ranks raise if it fails."""
     error: BaseException | None = None
     try:
-        yield rank_in(group) == 0
+        if rank_in(group) == 0:
+            action()
+    except ShardedAvgError as failure:
+        error = failure
     except OSError as failure:
         error = CheckpointError(f"{doing} failed: {failure}")
     agree(group, error, doing)
 
 
 @contextmanager
-def _as_checkpoint_error(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:  # a BaseException, which `except Exception` would not catch
-        causes = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
-        raise CheckpointError(f"{doing} failed: {causes}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _clear_errors(doing: str) -> Iterator[None]:
+    """DCP's failures as CheckpointError, and none of its remarks about a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # a BaseException, which `except Exception` would not catch
+            causes = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
+            raise CheckpointError(f"{doing} failed: {causes}") from error
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{doing} failed: {error!r}") from error

@@ -1,7 +1,13 @@
 """What a saved average says about itself.
 
 A Manifest is JSON that people can read; its `version` is the version of the format, not of the package. It is written
-into the checkpoint as one string, and beside it as `manifest.json`.
+into the checkpoint as one string under the key "manifest", and beside it as `manifest.json`, last, so that a folder
+that has one is whole.
+
+    averages    AverageRecord by name: the rule's settings, how many updates, and which steps they took in
+    tensors     TensorRecord by name: full shape and stored dtype, the same for every average
+    aliases     tied names -> the name in `tensors`
+    step        optimizer steps seen, which is where a schedule goes on
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError
+from ..history import History
 
 FORMAT = "sharded_avg"
 VERSION = 1
@@ -19,21 +26,35 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class AverageRecord:
-    """One average: its rule's settings, how many updates went in, and the dtype it is stored in."""
+    """One average. `updates` lists [first step, last step, every]."""
 
     rule: Mapping[str, Any]
     n_averaged: int
+    updates: list[list[int]] = field(default_factory=list)
+
+    @property
+    def history(self) -> History:
+        return History.from_lists(self.updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One averaged tensor: its full shape, and the dtype it is stored in ("float32")."""
+
+    shape: list[int]
     dtype: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A saved ShardedAverage. `step` counts optimizer steps seen; `shapes` are of full tensors."""
+    """A saved ShardedAverage."""
 
     step: int
     averages: Mapping[str, AverageRecord]
-    shapes: Mapping[str, list[int]]
-    aliases: Mapping[str, str] = field(default_factory=dict)  # tied names -> the name in `shapes`
+    tensors: Mapping[str, TensorRecord]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    schedule: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # how a file that no training wrote came about
     package: str = ""
     torch: str = ""
 
@@ -43,18 +64,58 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: object) -> Manifest:
-        """Read what `to_json` wrote; raises `CheckpointError` for anything else, or for a newer version."""
+        """Read what `to_json` wrote; raises `CheckpointError` for anything else, or for a newer version.
+
+        Fields that this version does not know are ignored, so that a newer package can add some.
+        """
+        data = _header_checked(text)
         try:
-            data = json.loads(text) if isinstance(text, str) else None
-            if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-                raise CheckpointError("this is not the manifest of a saved average: it has no sharded_avg header")
-            version = data.pop("version", None)
-            if version != VERSION:
-                raise CheckpointError(
-                    f"this average was saved in format version {version!r}; this package reads version {VERSION}. "
-                    "Install a newer sharded_avg"
-                )
-            averages = {name: AverageRecord(**record) for name, record in data.pop("averages").items()}
-            return cls(averages=averages, **data)
+            known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            known["averages"] = {str(n): _record(AverageRecord, r) for n, r in known["averages"].items()}
+            known["tensors"] = {str(n): _record(TensorRecord, r) for n, r in known["tensors"].items()}
+            return cls(**known)._checked()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"the manifest of this average cannot be read: {error!r}") from error
+
+    def _checked(self) -> Manifest:
+        """Raise `ValueError` for contents that no save has written."""
+        _require(_is_count(self.step), f"step {self.step!r}")
+        for name, average in self.averages.items():
+            _require(_is_count(average.n_averaged), f"n_averaged {average.n_averaged!r} of {name!r}")
+            _require(isinstance(average.rule, dict), f"rule {average.rule!r} of {name!r}")
+            updates = average.history.n_averaged
+            _require(updates in (0, average.n_averaged), f"{updates} steps listed for {average.n_averaged} updates")
+        for name, tensor in self.tensors.items():
+            _require(isinstance(tensor.shape, list) and all(map(_is_count, tensor.shape)), f"shape of {name!r}")
+            _require(isinstance(tensor.dtype, str), f"dtype of {name!r}")
+        for alias, name in self.aliases.items():
+            _require(name in self.tensors, f"alias {alias!r} of {name!r}, which is not there")
+        return self
+
+
+def _header_checked(text: object) -> dict[str, Any]:
+    try:
+        data = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError("this is not the manifest of a saved average: it has no sharded_avg header")
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"this average was saved in format version {data.get('version')!r}; this package reads version {VERSION}. "
+            "Install a newer sharded_avg"
+        )
+    return data
+
+
+def _record(cls: Any, data: Mapping[str, Any]) -> Any:
+    return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"{what} cannot be")

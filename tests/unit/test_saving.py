@@ -77,9 +77,10 @@ def test_folder_is_plain_and_readable(tmp_path):
     assert manifest["averages"]["ema"] == {
         "rule": {"kind": "EMA", "decay": 0.9, "warmup": False},
         "n_averaged": 2,
-        "dtype": "float32",
+        "updates": [[1, 2, 1]],
     }
-    assert manifest["shapes"] == {"0.weight": [5, 3], "0.bias": [5], "2.weight": [1, 7], "2.bias": [1]}
+    assert manifest["tensors"]["0.weight"] == {"shape": [5, 3], "dtype": "float32"}
+    assert sorted(manifest["tensors"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
 
 
 def test_stateful_inside_the_users_own_checkpoint(tmp_path):

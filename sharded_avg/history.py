@@ -1,0 +1,61 @@
+"""Which optimizer steps an average has taken in.
+
+A History is a count and the steps themselves as Strides, so that a million regular updates are one entry. It is
+immutable: an update gives a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stride:
+    """The steps first, first + every, ..., last."""
+
+    first: int
+    last: int
+    every: int = 1
+
+    @property
+    def count(self) -> int:
+        return (self.last - self.first) // self.every + 1
+
+    def extended(self, step: int) -> Stride | None:
+        """With one more step, if it continues the stride."""
+        if self.first == self.last and step > self.last:
+            return Stride(self.first, step, step - self.first)
+        return Stride(self.first, step, self.every) if step == self.last + self.every else None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The updates of one average, oldest first."""
+
+    strides: tuple[Stride, ...] = ()
+
+    @property
+    def n_averaged(self) -> int:
+        """How many updates there were."""
+        return sum(stride.count for stride in self.strides)
+
+    def after(self, step: int) -> History:
+        """This history and an update at `step`."""
+        longer = self.strides[-1].extended(step) if self.strides else None
+        if longer is not None:
+            return History((*self.strides[:-1], longer))
+        return History((*self.strides, Stride(step, step)))
+
+    def as_lists(self) -> list[list[int]]:
+        """[first, last, every] for each stride, as a manifest has it."""
+        return [[stride.first, stride.last, stride.every] for stride in self.strides]
+
+    @classmethod
+    def from_lists(cls, lists: Iterable[Iterable[int]]) -> History:
+        """Read what `as_lists` wrote; raises `ValueError` for what no run can have done."""
+        strides = tuple(Stride(*(int(value) for value in values)) for values in lists)
+        for stride in strides:
+            if stride.every < 1 or stride.last < stride.first or (stride.last - stride.first) % stride.every:
+                raise ValueError(f"{stride} is no sequence of steps")
+        return cls(strides)

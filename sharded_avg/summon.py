@@ -1,0 +1,76 @@
+"""Full averaged tensors while a `with` block lasts, and edits of them put back.
+
+What is yielded is a copy, under the unwrapped model's own keys: averages where averaged, live values elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .collectives import agree, rank_in
+from .errors import ConfigError
+from .gather import Item, gather, scatter
+from .members import Members
+from .shard import Shard
+
+
+@contextmanager
+def full_params(
+    members: Members,
+    average_of: Callable[[Shard], Tensor],
+    *,
+    offload_to_cpu: bool,
+    rank0_only: bool,
+    writeback: bool,
+) -> Iterator[dict[str, Any]]:
+    """Collective: all ranks must call. See `ShardedAverage.summon_full_params`.
+
+    `average_of` tells where the average of an averaged shard lies now.
+    """
+    group = members.layout.group
+    keeps = not rank0_only or rank_in(group) == 0
+    with torch.no_grad():
+        members.layout.release()
+        averaged = [_item(shard, average_of(shard)) for shard in members.averaged]
+        device = torch.device("cpu") if offload_to_cpu else None
+        full = gather(group, [*averaged, *_live(members)], rank0_only=rank0_only, device=device)
+    state = members.state(full) if keeps else {}
+    del full
+    error: BaseException | None = None
+    try:
+        yield state
+    except BaseException as failure:
+        error = failure
+        raise
+    finally:
+        if writeback:
+            error = error or (_misfit(state, averaged) if keeps else None)
+            agree(group, error, "editing the full averages; none were written back")
+            with torch.no_grad():
+                scatter(group, averaged, state, rank0_only=rank0_only)
+
+
+def _item(shard: Shard, values: Tensor) -> Item:
+    return Item(shard.name, shard.shape, shard.region, values)
+
+
+def _live(members: Members) -> list[Item]:
+    averaged = {shard.name for shard in members.averaged}
+    return [_item(shard, shard.tensor) for shard in members.all if shard.name not in averaged]
+
+
+def _misfit(state: Mapping[str, Any], averaged: list[Item]) -> ConfigError | None:
+    """What is wrong with edited full tensors, if anything."""
+    for item in averaged:
+        edited = state.get(item.name)
+        if not isinstance(edited, Tensor) or edited.shape != item.shape:
+            found = f"one of shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else type(edited).__name__
+            return ConfigError(
+                f"writeback of {item.name!r}: expected a tensor of shape {tuple(item.shape)}, got {found}"
+            )
+    return None
