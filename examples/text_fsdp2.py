@@ -36,7 +36,8 @@ from sharded_avg import EMA, ShardedAverage
 LEARNING_RATE = 1e-3  # constant: with a decaying one there would be less noise to average out
 BATCH_SIZE = 8  # windows on each rank
 VALIDATION_BATCH_SIZE = 32
-NUM_EVALUATIONS = 6
+NUM_EVALUATIONS = 5
+TINY = Shape(context=32, width=24, num_layers=2, num_heads=2)
 
 
 def fsdp2(model: GPT, learning_rate: float) -> Training:
@@ -143,7 +144,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=sorted(ENGINES), default="fsdp2")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--decay", type=float, default=0.98, help="of the EMA: remembers about 1 / (1 - decay) steps")
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what the run writes")
@@ -162,8 +163,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     if dist.get_rank() == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-    shape = Shape(context=32, width=24, num_layers=2, num_heads=2) if args.tiny else Shape()
-    passed = train(args, shape)
+    passed = train(args, TINY if args.tiny else Shape())
     dist.destroy_process_group()
     sys.exit(0 if passed else 1)
 

@@ -65,6 +65,7 @@ def zero(model: nn.Module, learning_rate: float, *, stage: int) -> Training:
     config = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own log uses it: batches come from the loop
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # recent versions clip at 1.0 unless told; the other engines here do not clip
         "zero_optimization": {"stage": stage},
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
