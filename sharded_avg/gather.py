@@ -83,7 +83,9 @@ def local_part(values: Tensor, region: Region, part: Region) -> Tensor:
 
 
 def _tables(group: dist.ProcessGroup | None, items: Sequence[Item]) -> list[list[_Row]]:
-    mine = [_Row(i.name, tuple(i.shape), i.region, i.values.dtype) for i in items if i.region.numel]
+    # A tensor without elements is whole on every rank: nothing moves, but its key belongs into the result.
+    held = [item for item in items if item.region.numel or not item.shape.numel()]
+    mine = [_Row(i.name, tuple(i.shape), i.region, i.values.dtype) for i in held]
     return gather_objects(group, mine)
 
 
