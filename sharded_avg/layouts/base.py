@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from .. import names
 from ..shard import Shard
@@ -49,7 +50,10 @@ class AbstractLayout(ABC):
 
     @abstractmethod
     def is_current(self) -> bool:
-        """Whether the tensors of the last `shards()` are still the live ones. Called at every update: keep it cheap."""
+        """Whether the tensors of the last `shards()` are still the live ones, and as trainable as they were.
+
+        Called at every update: keep it cheap.
+        """
 
     @property
     @abstractmethod
@@ -84,3 +88,13 @@ class AbstractLayout(ABC):
     def extra_state(self) -> dict[str, Any]:
         """The non-tensor part of the unwrapped model's `state_dict()`."""
         return names.extra_state(self.model)
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where tensors lie; `param.data = other` and `module.to()` change it and keep the tensor."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def trainable(tensors: Iterable[Tensor]) -> list[bool]:
+    """Which tensors require grad."""
+    return list(map(attrgetter("requires_grad"), tensors))

@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from .. import names
 from ..errors import EngineVersionError, UnsupportedModelError
 from ..shard import Box, Shard
-from .base import AbstractLayout
+from .base import AbstractLayout, addresses, trainable
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
@@ -124,7 +124,6 @@ class DTensorLayout(AbstractLayout):
         self.release()
         self._index()
         self._group = self._find_group()
-        self._pointers: list[int] = []
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
@@ -179,14 +178,23 @@ class DTensorLayout(AbstractLayout):
         shards = [
             _shard(entry, tensor) for entry, tensor in zip(self._entries, self._seen, strict=True) if tensor is not None
         ]
-        self._pointers = self._live_pointers()
+        self._remember()
         return shards
 
-    def _live_pointers(self) -> list[int]:
-        return [(t._local_tensor if isinstance(t, DTensor) else t).data_ptr() for t in self._seen if t is not None]
+    def _remember(self) -> None:
+        self._here = [tensor for tensor in self._seen if tensor is not None]
+        self._pointers, self._flags = addresses(map(_local, self._here)), trainable(self._here)
 
     def is_current(self) -> bool:
-        return all(map(is_, self._tensors(), self._seen)) and self._live_pointers() == self._pointers
+        return (
+            all(map(is_, self._tensors(), self._seen))
+            and addresses(map(_local, self._here)) == self._pointers
+            and trainable(self._here) == self._flags
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _shard(entry: names.Entry, tensor: Tensor) -> Shard:

@@ -26,7 +26,7 @@ from .. import names
 from ..collectives import comm_device, rank_in, size_of
 from ..errors import UnsupportedModelError
 from ..shard import Box, Interval, Region, Shard
-from .base import AbstractLayout
+from .base import AbstractLayout, addresses, trainable
 
 _BUCKET_BYTES = 64 << 20
 
@@ -74,7 +74,6 @@ class ReplicatedLayout(AbstractLayout):
         self._entries, self._aliases = names.split_ties(names.entries(self.model))
         self._lines: list[list[list[Cut]]] = []
         self._seen: list[Tensor] = []
-        self._pointers: list[int] = []
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
@@ -106,8 +105,7 @@ class ReplicatedLayout(AbstractLayout):
     def shards(self) -> list[Shard]:
         self._entries, self._aliases = names.split_ties(names.entries(self.model))
         regions = self._regions()
-        self._seen = [entry.tensor for entry in self._entries]
-        self._pointers = [tensor.data_ptr() for tensor in self._seen]
+        self._remember()
         return [self._shard(entry, regions) for entry in self._entries]
 
     def _regions(self) -> dict[str, Region]:
@@ -136,9 +134,19 @@ class ReplicatedLayout(AbstractLayout):
             live = piece(tensor.detach(), region)
         return Shard(entry.name, tensor.shape, region, live, trainable=tensor.requires_grad, is_buffer=entry.is_buffer)
 
+    def _remember(self) -> None:
+        self._slots = [entry.slot for entry in self._entries]
+        self._keys = [entry.key for entry in self._entries]
+        self._seen = [entry.tensor for entry in self._entries]
+        self._pointers, self._flags = addresses(self._seen), trainable(self._seen)
+
     def is_current(self) -> bool:
-        tensors = [entry.slot.get(entry.key) for entry in self._entries]
-        return all(map(is_, tensors, self._seen)) and list(map(Tensor.data_ptr, self._seen)) == self._pointers
+        # Loops that run in C: with thousands of small parameters this is a good part of an update.
+        return (
+            all(map(is_, map(dict.get, self._slots, self._keys), self._seen))
+            and addresses(self._seen) == self._pointers
+            and trainable(self._seen) == self._flags
+        )
 
     def publish(self) -> None:
         if not self.publishes:
