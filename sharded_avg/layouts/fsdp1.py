@@ -13,12 +13,13 @@ checked at construction (`EngineVersionError`); they have been there, unchanged,
     unit    _handle                 the handle; None where the module has no parameters of its own
             training_state          SUMMON_FULL_PARAMS: full parameters are shown, so there is nothing to average
             _inter_node_pg          HYBRID_SHARD only: the ranks that hold the same local shard
-            _unshard_stream         where full copies are gathered; exists after the first forward
-    handle  flat_param              the flat parameter
+            _device_handle, _unshard_stream   where full copies are gathered, on a GPU
+    handle  flat_param, device      the flat parameter, and where it is computed with
             process_group           the ranks among which it is cut
             uses_sharded_strategy   False: NO_SHARD
             reshard, post_reshard   point the flat parameter and the user's parameters back at the local shard
-            _use_orig_params        True: the user's parameters are views of it, otherwise they are hidden
+            _use_sharded_views      point the user's parameters at the local shard, under use_orig_params=True
+            _offload_params         True: CPUOffload, with pinned local shards
             _skipped_use_sharded_views   True: SHARD_GRAD_OP left full views on the module after a training forward
             _writeback_orig_params  takes in parameters that the user re-assigned since the last forward
             _training_state         IDLE, except after an exception; then `reshard` would skip the views
@@ -51,8 +52,9 @@ from .base import AbstractLayout
 
 _UNIT_NAMES = ("_handle", "training_state")
 _HANDLE_NAMES = (
-    *("flat_param", "process_group", "uses_sharded_strategy", "reshard", "post_reshard", "_use_orig_params"),
-    *("_skipped_use_sharded_views", "_writeback_orig_params", "_training_state", "_prefetched"),
+    *("flat_param", "process_group", "uses_sharded_strategy", "reshard", "post_reshard"),
+    *("_use_sharded_views", "_skipped_use_sharded_views", "_writeback_orig_params", "_offload_params"),
+    *("_training_state", "_prefetched", "device"),
 )
 _FLAT_NAMES = (
     *("_param_infos", "_shared_param_infos", "_shapes", "_strides", "_shard_param_infos"),
@@ -95,13 +97,6 @@ class _Unit:
         flat = self.handle.flat_param
         shard: Tensor | None = getattr(flat, "_local_shard", None)
         return flat.data if shard is None else shard
-
-    @property
-    def local_ptr(self) -> int:
-        """Address of the local shard, without making a tensor."""
-        flat = self.handle.flat_param
-        ptr: int = getattr(flat, "_local_shard", flat).data_ptr()
-        return ptr
 
     @property
     def requires_grad(self) -> tuple[bool, ...]:
@@ -156,8 +151,8 @@ class Fsdp1Layout(AbstractLayout):
 
     def is_current(self) -> bool:
         """Whether every local shard and every other tensor is where it was, and as trainable as it was."""
-        for unit, ptr, requires_grad in self._seen_units:
-            if unit.module._handle is not unit.handle or unit.local_ptr != ptr or unit.requires_grad != requires_grad:
+        for unit, ptr, flags in self._seen_units:
+            if unit.module._handle is not unit.handle or unit.local.data_ptr() != ptr or unit.requires_grad != flags:
                 return False
         for entry, tensor, ptr, trainable in self._seen_others:
             now = entry.slot.get(entry.key)
@@ -168,8 +163,8 @@ class Fsdp1Layout(AbstractLayout):
     def release(self) -> None:
         """Free full copies, so that the next forward gathers the local shards again.
 
-        Local, but every rank has to do it before the next forward, as that gathers what was freed. To be called
-        between steps; after a forward without backward, or one that raised, it also restores the sharded views.
+        Local, but on every rank or on none: the next forward gathers what was freed. To be called between steps;
+        after a forward without backward, or one that raised, it also restores the sharded views.
         """
         for unit in self._units:
             _release(unit)
@@ -183,18 +178,20 @@ class Fsdp1Layout(AbstractLayout):
 
     def _keys(self) -> list[_Key]:
         pieces = _pieces_by_slot(self._units)
+        flat_params = {id(unit.handle.flat_param) for unit in self._units}
         found: list[_Key] = []
         for prefix, module in names.walk(self.model):
-            for key in _parameter_keys(module, pieces, self._units):
+            managed = pieces.get(id(module), {})
+            for key in _parameter_keys(module, managed, flat_params):
                 entry = names.Entry(prefix + key, module._parameters, key, is_buffer=False)
-                found.append(_Key(entry, pieces.get(id(module), {}).get(key)))
+                found.append(_Key(entry, managed.get(key)))
             for key, value in module._buffers.items():
                 if value is not None and key not in module._non_persistent_buffers_set:
                     found.append(_Key(names.Entry(prefix + key, module._buffers, key, is_buffer=True), None))
         return found
 
     def _remember(self, others: list[names.Entry]) -> None:
-        self._seen_units = [(unit, unit.local_ptr, unit.requires_grad) for unit in self._units]
+        self._seen_units = [(unit, unit.local.data_ptr(), unit.requires_grad) for unit in self._units]
         tensors = [(entry, entry.tensor) for entry in others]
         self._seen_others = [(entry, tensor, tensor.data_ptr(), tensor.requires_grad) for entry, tensor in tensors]
 
@@ -230,10 +227,8 @@ def _pieces_by_slot(units: list[_Unit]) -> dict[int, dict[str, _Piece]]:
     return pieces
 
 
-def _parameter_keys(module: nn.Module, pieces: Mapping[int, dict[str, _Piece]], units: list[_Unit]) -> list[str]:
+def _parameter_keys(module: nn.Module, managed: Mapping[str, _Piece], flat_params: set[int]) -> list[str]:
     """Names of the parameters that `module` itself had before FSDP took them out and put views in."""
-    managed = pieces.get(id(module), {})
-    flat_params = {id(unit.handle.flat_param) for unit in units}
     registered = {key: value for key, value in module._parameters.items() if value is not None}
     others = [key for key, value in registered.items() if key not in managed and id(value) not in flat_params]
     order_is_lost = managed and (others or any(piece.tied for piece in managed.values()))
@@ -267,17 +262,18 @@ def _release(unit: _Unit) -> None:
     """Point a unit back at its local shard and free its full copies; nothing to do before the first forward."""
     from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 
-    module, handle = unit.module, unit.handle
+    module, handle, flat = unit.module, unit.handle, unit.handle.flat_param
     if module.training_state == TrainingState.SUMMON_FULL_PARAMS:
         raise LayoutChangedError(
             "FullyShardedDataParallel.summon_full_params() is active, so the parameters are not sharded now: "
             "leave that context before using the average"
         )
-    flat = handle.flat_param
     if not hasattr(flat, "_local_shard"):
+        _pin_early(unit)
         return
-    _wait_for_gathers(unit)
-    at_shard = flat.data_ptr() == unit.local_ptr and handle._training_state == HandleTrainingState.IDLE
+    if handle.device.type != "cpu":  # gathers that were prefetched for a forward that then raised still read the shard
+        module._device_handle.current_stream().wait_stream(module._unshard_stream)
+    at_shard = flat.data_ptr() == unit.local.data_ptr() and handle._training_state == HandleTrainingState.IDLE
     if at_shard and not handle._skipped_use_sharded_views:
         _take_in_reassigned(unit)
     else:
@@ -292,11 +288,13 @@ def _release(unit: _Unit) -> None:
     handle._prefetched = False
 
 
-def _wait_for_gathers(unit: _Unit) -> None:
-    """Let the current stream wait for gathers that read the local shard: prefetched ones, after an exception."""
-    stream = getattr(unit.module, "_unshard_stream", None)
-    if stream is not None and unit.local.device.type != "cpu":
-        unit.module._device_handle.current_stream().wait_stream(stream)
+def _pin_early(unit: _Unit) -> None:
+    """Pin an offloaded local shard, which FSDP would do at the first forward by moving it, maybe amid a swap."""
+    flat = unit.handle.flat_param
+    if unit.handle._offload_params and not flat.is_pinned():
+        flat.data = flat.data.pin_memory()
+        if flat._params is not None:
+            unit.handle._use_sharded_views()
 
 
 def _take_in_reassigned(unit: _Unit) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -14,243 +13,34 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecision, ShardingStrategy
-from torch.distributed.fsdp._flat_param import FlatParamHandle
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.func import functional_call
 
 from sharded_avg.layouts.fsdp1 import Fsdp1Layout
-from sharded_avg.shard import Interval, Shard
+from sharded_avg.shard import Box, Interval
 
+from .fsdp1_models import (
+    LOW,
+    MOMENTS,
+    Awkward,
+    Block,
+    Run,
+    assert_state,
+    batch,
+    both_views,
+    edit,
+    edited_copy,
+    every_strategy,
+    fsdp,
+    gathered,
+    no_writeback,
+    plain_model,
+    reach,
+    restore,
+    views_are_shards,
+)
 from .pool import on_ranks
-
-STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
-LOW = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)
-every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-both_views = pytest.mark.parametrize("use_orig_params", [True, False])
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Linear(5, 7)
-        self.norm = nn.LayerNorm(7)
-        self.narrow = nn.Linear(7, 5, bias=False)
-        self.scale = nn.Parameter(torch.tensor([0.9]))
-        self.register_buffer("shift", torch.full((5,), 0.125))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.scale * self.narrow(torch.tanh(self.norm(self.wide(x)))) + self.shift
-
-
-class Awkward(nn.Module):
-    """Sizes 3, 5, 7, one element, tied weights, buffers of every kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(3, 5)
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.back = nn.Linear(5, 3)
-        self.again = nn.Linear(3, 5)
-        self.again.weight = self.first.weight
-        self.register_buffer("count", torch.tensor(7))
-        self.register_buffer("mask", torch.tensor([True, False, True]))
-        self.register_buffer("cache", torch.zeros(3), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.again(self.back(x))
-
-
-def plain_model(build: Callable[[], nn.Module] = Awkward) -> nn.Module:
-    torch.manual_seed(5)
-    return build()
-
-
-def batch() -> Tensor:
-    return torch.randn(4, 3, generator=torch.Generator().manual_seed(11))
-
-
-@cache
-def mesh(shape: tuple[int, ...]) -> Any:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-
-
-@cache
-def alone() -> Any:
-    return [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-
-
-def fsdp(plain: nn.Module, strategy: str, use_orig_params: bool, nested: bool = True, **more: Any) -> FSDP:
-    """Wrap a copy; hybrid strategies shard over pairs where there are two of them, else over everything."""
-    if "HYBRID" in strategy and dist.get_world_size() == 4:
-        more["device_mesh"] = mesh((2, 2))
-    elif "HYBRID" in strategy:
-        more["process_group"] = (dist.group.WORLD, alone())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NO_SHARD is deprecated; a world of one is NO_SHARD
-        return FSDP(
-            copy.deepcopy(plain),
-            sharding_strategy=ShardingStrategy[strategy],
-            use_orig_params=use_orig_params,
-            auto_wrap_policy=ModuleWrapPolicy({Block}) if nested else None,
-            device_id=torch.device("cpu"),
-            **more,
-        )
-
-
-# --- the reference: one plain model --------------------------------------------------------------------------------
-
-
-def low(plain: nn.Module) -> dict[str, Tensor]:
-    """What a MixedPrecision forward computes with."""
-    tensors = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
-    return {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def plain_forward(plain: nn.Module, x: Tensor, mixed: bool = False) -> Tensor:
-    return functional_call(plain, low(plain), (x.to(torch.bfloat16),)) if mixed else plain(x)
-
-
-def reduced(grad: Tensor, mixed: bool, parts: list[int]) -> Tensor:
-    """FSDP's mean of equal gradients: divided before and after the sum, in the dtype of the reduction."""
-    grad = grad.to(torch.bfloat16) if mixed else grad
-    world, before = dist.get_world_size(), 1
-    while world % before == 0 and world / before > before:
-        before *= 2
-    grad = grad / before
-    for size in parts:
-        grad = sum([grad] * size, torch.zeros_like(grad))
-    return (grad / (world / before)).to(torch.float32)
-
-
-class Run:
-    """A wrapped model and its plain reference, stepped together."""
-
-    def __init__(self, model: nn.Module, plain: nn.Module, mixed: bool = False) -> None:
-        self.model, self.plain, self.mixed = model, plain, mixed
-        self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, plain)]
-        self.parts = [2, 2] if dist.get_world_size() == 4 else [dist.get_world_size()]
-
-    def backward(self) -> None:
-        self.model(batch()).float().square().mean().backward()
-        plain_forward(self.plain, batch(), self.mixed).float().square().mean().backward()
-        for param in self.plain.parameters():
-            if param.grad is not None:
-                param.grad = reduced(param.grad, self.mixed, self.parts)
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def train(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            self.backward()
-            self.step()
-
-    def assert_forward(self, plain: nn.Module | None = None) -> None:
-        with torch.no_grad():
-            expected = plain_forward(plain or self.plain, batch(), self.mixed)
-            assert torch.equal(self.model(batch()), expected)
-
-
-# --- what the layout says, put together without it -----------------------------------------------------------------
-
-
-def gathered(shards: list[Shard], group: Any = None) -> dict[str, Tensor]:
-    """Full tensors; every element must be covered, and equal wherever several ranks hold it."""
-    mine = [(s.name, s.shape, s.region, s.tensor.clone(), s.is_buffer) for s in shards]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    assert all([row[:2] for row in rank] == [row[:2] for row in everyone[0]] for rank in everyone)
-    full: dict[str, Tensor] = {}
-    for name, shape, region, tensor, _ in (row for rank in everyone for row in rank):
-        flat = full.setdefault(name, torch.empty(shape.numel(), dtype=tensor.dtype))
-        seen = full.setdefault("seen " + name, torch.zeros(shape.numel(), dtype=torch.bool))
-        start, stop = (region.start, region.stop) if isinstance(region, Interval) else (0, shape.numel())
-        assert tensor.numel() == stop - start
-        again = seen[start:stop]
-        assert torch.equal(flat[start:stop][again], tensor.reshape(-1)[again])
-        flat[start:stop], seen[start:stop] = tensor.reshape(-1), True
-        full[name + " shape"] = shape
-    names = [row[0] for row in mine]
-    assert len(names) == len(set(names))
-    assert all(full["seen " + name].all() for name in names)
-    return {name: full[name].view(full[name + " shape"]) for name in names}
-
-
-def assert_state(layout: Fsdp1Layout, plain: nn.Module) -> None:
-    """Names, order, shapes and values are those of the plain model."""
-    full = gathered(layout.shards(), layout.group)
-    expected = plain.state_dict()
-    assert layout.state_keys() == list(expected)
-    assert sorted([*full, *layout.aliases]) == sorted(expected)
-    for name, tensor in expected.items():
-        value = full[layout.aliases.get(name, name)]
-        assert torch.equal(value, tensor.to(value.dtype)), name
-
-
-def edited(tensor: Tensor) -> None:
-    if tensor.is_floating_point():
-        tensor.mul_(0.5).add_(0.25)
-
-
-def edit(layout: Fsdp1Layout) -> list[tuple[Tensor, Tensor]]:
-    """Edit parameters in place; what `restore` needs."""
-    layout.release()
-    pieces = [shard.tensor for shard in layout.shards() if not shard.is_buffer]
-    before = [(piece, piece.clone()) for piece in pieces]
-    for piece in pieces:
-        edited(piece)
-    return before
-
-
-def restore(layout: Fsdp1Layout, before: list[tuple[Tensor, Tensor]]) -> None:
-    layout.release()
-    for piece, value in before:
-        piece.copy_(value)
-
-
-def edited_copy(plain: nn.Module) -> nn.Module:
-    plain = copy.deepcopy(plain)
-    with torch.no_grad():
-        for param in plain.parameters():
-            edited(param)
-    return plain
-
-
-def views_are_shards(layout: Fsdp1Layout, model: nn.Module) -> bool:
-    """Whether the user's parameters, under use_orig_params=True, are the shards."""
-    params = {clean_name(name): param for name, param in model.named_parameters()}
-    shards = {shard.name: shard.tensor for shard in layout.shards() if not shard.is_buffer}
-    assert params.keys() == shards.keys()
-    pairs = [(params[name], shards[name]) for name in shards]
-    return all(
-        isinstance(param, nn.Parameter)
-        and param.numel() == shard.numel()
-        and (param.numel() == 0 or param.data_ptr() == shard.data_ptr())
-        for param, shard in pairs
-    )
-
-
-def clean_name(name: str) -> str:
-    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
-        name = name.replace(wrapper, "")
-    return name
-
-
-@contextmanager
-def no_writeback() -> Iterator[None]:
-    with mock.patch.object(FlatParamHandle, "_writeback_tensor", side_effect=RuntimeError("written back")):
-        yield
-
-
-# --- tests ---------------------------------------------------------------------------------------------------------
 
 
 @every_strategy
@@ -258,7 +48,7 @@ def no_writeback() -> Iterator[None]:
 @pytest.mark.parametrize("nested", [True, False])
 @on_ranks(2, 3, 4)
 def test_shards_are_the_model(strategy: str, use_orig_params: bool, nested: bool) -> None:
-    """P59, P64, P76, P105: intervals cover each parameter, padding is in none, names and values are the plain model's."""
+    """P59, P64, P76, P105: intervals cover each parameter, padding is in none, names are the plain model's."""
     plain = plain_model()
     model = fsdp(plain, strategy, use_orig_params, nested)
     assert Fsdp1Layout.claims(model)
@@ -275,29 +65,6 @@ def test_shards_are_the_model(strategy: str, use_orig_params: bool, nested: bool
     total = sum(param.numel() for param in plain.parameters())
     ranks = {"NO_SHARD": 1, "FULL_SHARD": dist.get_world_size(), "SHARD_GRAD_OP": dist.get_world_size()}
     assert held <= total / ranks.get(strategy, 2) + 16
-
-
-MOMENTS = ["fresh", "eval", "train in eval mode", "train", "backward", "step", "no_sync"]
-
-
-def reach(moment: str, run: Run) -> None:
-    if moment == "fresh":
-        return
-    run.train(1)
-    if moment == "eval":
-        run.model.eval()
-        with torch.no_grad():
-            run.model(batch())
-    elif moment == "train in eval mode":
-        run.model.eval()
-        run.model(batch())
-    elif moment == "train":
-        run.model(batch())
-    elif moment == "backward":
-        run.backward()
-    elif moment == "no_sync":
-        with run.model.no_sync():
-            run.model(batch()).float().square().mean().backward()
 
 
 @every_strategy
@@ -335,5 +102,277 @@ def check_edits(moment: str, strategy: str, use_orig_params: bool, mixed: bool, 
         run.model.zero_grad()
     run.model.train()
     if not (mixed and "train" in moment):  # there FSDP1 itself goes wrong: the hooks of the first forward are stale
+        run.train(2)
+        assert_state(layout, plain)
+
+
+class Odd(nn.Module):
+    """Frozen, ignored and shared parts, a name that is tied inside its module, a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zero = nn.Parameter(torch.randn(3))
+        self.twin = self.zero
+        self.last = nn.Parameter(torch.randn(1))
+        self.norm = nn.BatchNorm1d(3)
+        self.lora = nn.Linear(3, 3)
+        self.lora.bias.requires_grad_(False)
+        self.ignored = nn.Linear(3, 3, bias=False)
+        self.shared = nn.Linear(3, 3)
+        self.again = self.shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x * self.zero + self.twin) * self.last
+        return self.again(self.ignored(self.shared(self.lora(x))))
+
+
+class Shell(nn.Module):
+    """A plain module around FSDP modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = Awkward()
+        self.gain = nn.Parameter(torch.linspace(0.5, 1.5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) * self.gain
+
+
+@both_views
+@on_ranks(2, 3)
+def test_what_fsdp_does_not_manage_is_whole(use_orig_params: bool) -> None:
+    """Ignored parameters and buffers are Boxes; frozen ones say so; both names of tied ones are known."""
+    plain = plain_model(Odd)
+    if not use_orig_params:
+        plain.requires_grad_(True)  # FSDP1 wants one value of requires_grad for a flat parameter
+    wrapped = copy.deepcopy(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FSDP(
+            wrapped, use_orig_params=use_orig_params, ignored_states=[wrapped.ignored], device_id=torch.device("cpu")
+        )
+    layout = Fsdp1Layout(model)
+    shards = {shard.name: shard for shard in layout.shards()}
+    boxes = [name for name, shard in shards.items() if isinstance(shard.region, Box)]
+    assert boxes == ["ignored.weight", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    assert [name for name, shard in shards.items() if shard.is_buffer] == boxes[1:]
+    assert layout.aliases == {"twin": "zero", "again.weight": "shared.weight", "again.bias": "shared.bias"}
+    full = gathered(list(shards.values()))
+    expected = plain.state_dict()
+    assert sorted(layout.state_keys()) == sorted(expected)
+    assert all(torch.equal(full[layout.aliases.get(name, name)], value) for name, value in expected.items())
+    trainable = {name for name, param in plain.named_parameters() if param.requires_grad}
+    assert {name for name, shard in shards.items() if shard.trainable} == trainable
+    model(batch()).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert layout.is_current()
+
+
+@every_strategy
+@both_views
+@on_ranks(2)
+def test_fsdp_inside_a_plain_module(strategy: str, use_orig_params: bool) -> None:
+    """Several FSDP roots, each with its own state; the parameters around them are whole."""
+    plain = plain_model(Shell)
+    model = copy.deepcopy(plain)
+    model.inside = fsdp(plain.inside, strategy, use_orig_params)
+    layout = Fsdp1Layout(model)
+    assert_state(layout, plain)
+    run = Run(model, plain)
+    run.train(2)
+    before = edit(layout)
+    run.assert_forward(edited_copy(plain))
+    restore(layout, before)
+    run.assert_forward()
+    layout.release()
+    run.train(2)
+    assert_state(layout, plain)
+
+
+@both_views
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@on_ranks(2, 3, 4)
+def test_neighbours_lie_together_and_ranks_may_hold_nothing(use_orig_params: bool, dtype: torch.dtype) -> None:
+    """P76: empty shards are Interval(0, 0); without alignment padding, one piece begins where the last one ends."""
+    tiny = plain_model(lambda: nn.Linear(1, 1)).to(dtype)
+    layout = Fsdp1Layout(fsdp(tiny, "FULL_SHARD", use_orig_params, nested=False))
+    assert_state(layout, tiny)
+    if dist.get_world_size() == 4 and dist.get_rank() >= 2 and not use_orig_params:
+        assert all(shard.region == Interval(0, 0) and shard.tensor.shape == (0,) for shard in layout.shards())
+
+    plain = plain_model().to(dtype)
+    layout = Fsdp1Layout(fsdp(plain, "FULL_SHARD", use_orig_params, nested=False))
+    assert_state(layout, plain)
+    pieces = [s.tensor for s in layout.shards() if not s.is_buffer and s.tensor.numel()]
+    padding = 16 if use_orig_params else 1  # alignment, in bytes
+    for left, right in itertools.pairwise(pieces):
+        gap = right.data_ptr() - left.data_ptr() - left.numel() * left.element_size()
+        assert 0 <= gap < padding
+
+
+@both_views
+@on_ranks(2)
+def test_wrappers_and_prefetch(use_orig_params: bool) -> None:
+    """P64: activation checkpointing, torch.compile and prefetching change neither names nor what an edit does."""
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("checkpoint", {}),
+        *([("compile part", {}), ("compile all", {})] if use_orig_params else []),  # dynamo wants the user's parameters
+        ("prefetch", {"forward_prefetch": True, "limit_all_gathers": False}),
+        ("limited", {"forward_prefetch": True, "limit_all_gathers": True}),
+    ]
+    for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"):
+        for case, more in cases:
+            plain = plain_model()
+            inner = copy.deepcopy(plain)
+            if case == "compile part":
+                inner.back = torch.compile(inner.back, backend="eager")
+            model = fsdp(inner, strategy, use_orig_params, **more)
+            if case == "checkpoint":
+                apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+            run = Run(torch.compile(model, backend="eager") if case == "compile all" else model, plain)
+            layout = Fsdp1Layout(run.model)
+            run.train(2)
+            assert_state(layout, plain)
+            for _ in range(2):
+                before = edit(layout)
+                run.assert_forward(edited_copy(plain))
+                restore(layout, before)
+                run.assert_forward()
+            layout.release()
+            run.train(2)
+            assert_state(layout, plain)
+
+
+class BadBatch(Exception):
+    pass
+
+
+@every_strategy
+@both_views
+@on_ranks(2)
+def test_release_after_an_exception_in_forward(strategy: str, use_orig_params: bool) -> None:
+    """An evaluation that raises leaves full copies and half of FSDP's state behind: none of it outlives release()."""
+    plain = plain_model()
+    run = Run(fsdp(plain, strategy, use_orig_params), plain)
+    layout = Fsdp1Layout(run.model)
+    run.train(1)
+    inner = run.model.blocks[1].module
+    for grad in (True, False):
+        before = edit(layout)
+        with (
+            torch.set_grad_enabled(grad),
+            mock.patch.object(inner, "forward", side_effect=BadBatch),
+            pytest.raises(BadBatch),
+        ):
+            run.model(batch())
+        restore(layout, before)
+        assert not use_orig_params or views_are_shards(layout, run.model)
+        run.assert_forward()
+        layout.release()
+        run.train(1)
+        assert_state(layout, plain)
+
+
+@both_views
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@on_ranks(2)
+def test_full_precision_in_eval(strategy: str, use_orig_params: bool) -> None:
+    """Copies in both precisions are freed, whichever mode the model is in when release() is called."""
+    plain = plain_model()
+    with mock.patch.dict(os.environ, {"FSDP_USE_FULL_PREC_IN_EVAL": "1"}):
+        model = fsdp(plain, strategy, use_orig_params, mixed_precision=MixedPrecision(param_dtype=torch.float64))
+    layout = Fsdp1Layout(model)
+    model(batch().double()).sum().backward()
+    model.zero_grad()
+    run = Run(model, plain)
+    for mode_then, mode_at_release in ((False, True), (True, False), (False, False)):
+        before = edit(layout)
+        with torch.no_grad():
+            model.train(mode_then)(batch().to(torch.float64 if mode_then else torch.float32))
+        model.train(mode_at_release)
+        restore(layout, before)
+        model.eval()
+        run.assert_forward()
+
+
+@both_views
+@on_ranks(2)
+def test_is_current(use_orig_params: bool) -> None:
+    """What moves a shard, or makes it trainable, is noticed; training and evaluation are not."""
+    plain = plain_model()
+    model = fsdp(plain, "FULL_SHARD", use_orig_params)
+    layout = Fsdp1Layout(model)
+    assert layout.is_current()
+    model.double()
+    assert not layout.is_current()
+    assert {s.dtype for s in layout.shards() if not s.is_buffer} == {torch.float64}
+    model.float()
+    assert not layout.is_current()
+    layout.shards()
+    run = Run(model, plain)
+    run.train(2)
+    with torch.no_grad():
+        model(batch())
+    layout.release()
+    assert layout.is_current()
+    model.register_buffer("late", torch.ones(2))
+    model.module.mask = torch.ones(3, dtype=torch.bool)
+    assert not layout.is_current()
+    assert layout.state_keys()[-1] != "late"  # a buffer of the wrapper is none of the user's module
+    assert next(s.tensor for s in layout.shards() if s.name == "mask").all()
+    assert layout.is_current()
+    model.requires_grad_(False)
+    assert not layout.is_current()
+    assert not any(shard.trainable for shard in layout.shards())
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@on_ranks(2)
+def test_reassigned_parameters_are_not_lost(strategy: str) -> None:
+    """What FSDP1 would write back at its next forward is in the shards after release()."""
+    plain = plain_model()
+    run = Run(fsdp(plain, strategy, use_orig_params=True), plain)
+    layout = Fsdp1Layout(run.model)
+    run.train(1)
+    with torch.no_grad():
+        run.model(batch())
+    layout.release()
+    for param in run.model.parameters():
+        param.data = param.data * 2
+    for param in plain.parameters():
+        param.data = param.data * 2
+    layout.release()
+    assert_state(layout, plain)
+    run.assert_forward()
+
+
+@both_views
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"])
+@on_ranks(2)
+def test_cpu_offload(strategy: str, use_orig_params: bool) -> None:
+    """FSDP1 pins offloaded shards at its first forward: a swap around that forward must not lose the raw weights."""
+    pinned: list[Tensor] = []
+
+    def is_pinned(tensor: Tensor) -> bool:
+        return any(tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in pinned)
+
+    def pin_memory(tensor: Tensor) -> Tensor:  # as on a machine with a GPU: a copy, unless it is pinned already
+        if not is_pinned(tensor):
+            pinned.append(tensor.detach().clone())
+            return pinned[-1]
+        return tensor
+
+    plain = plain_model()
+    model = fsdp(plain, strategy, use_orig_params, cpu_offload=CPUOffload(offload_params=True))
+    layout = Fsdp1Layout(model)
+    synchronize = mock.patch.object(torch.cpu.Stream, "synchronize", lambda stream: None, create=True)
+    with mock.patch.multiple(Tensor, pin_memory=pin_memory, is_pinned=is_pinned), synchronize:
+        before = edit(layout)
+        run = Run(model, plain)
+        run.assert_forward(edited_copy(plain))
+        assert layout.is_current()
+        restore(layout, before)
+        run.assert_forward()
+        layout.release()
         run.train(2)
         assert_state(layout, plain)
