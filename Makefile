@@ -13,6 +13,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# What DeepSpeed compiles has paths of this environment in it: it lives and dies with it.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
+
 .PHONY: setup demo test lint bench clean
 
 demo: $(READY)

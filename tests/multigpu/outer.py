@@ -9,9 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +52,18 @@ def _join() -> None:
     )
 
 
+def _start_deepspeed() -> None:
+    """Collective. What a rank of a DeepSpeed pool does at its start."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its imports, which the pool makes before any test
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=dist.get_backend())
+
+
 def from_rank_0(value: Any) -> Any:
     """Collective. Rank 0's value, on every rank."""
     values = [value]
@@ -56,11 +71,15 @@ def from_rank_0(value: Any) -> Any:
     return values[0]
 
 
-def run_in_process(world_size: int, body: Callable[..., Any], arguments: dict[str, Any]) -> list[Any]:
+def run_in_process(
+    world_size: int, body: Callable[..., Any], arguments: dict[str, Any], kind: str = "torch"
+) -> list[Any]:
     """Collective. Run `body` here and on all peers; what each returned, in rank order. Fails where any rank failed."""
     actual = dist.get_world_size()
     if actual != world_size:
         pytest.skip(f"torchrun made {actual} ranks, this test wants {world_size}")
+    if kind == "deepspeed":
+        _start_deepspeed()
     torch.manual_seed(0)
     outcome: tuple[str, Any]
     try:

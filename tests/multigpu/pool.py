@@ -32,11 +32,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from .worker import Job, Report, body_of, log_path, stacks_path
 
-START_S = {"torch": 120.0, "deepspeed": 400.0}  # importing torch on a busy machine; building DeepSpeed's op once
-HANG_S = 60.0
+START_S = {"torch": 120.0, "deepspeed": 600.0}  # importing torch on a busy machine; building DeepSpeed's op once
+STARTING = {
+    "torch": "start-up",
+    "deepspeed": "start-up (if a build was killed, remove $TORCH_EXTENSIONS_DIR/*/lock)",
+}
+HANG_S = 120.0  # several times the slowest body on a machine that others load, too
 PEERS_S = 3.0  # after one rank failed, how long the others may take to report: most are stuck waiting for it
 LOG_LINES = 30
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +79,6 @@ def on_ranks(*world_sizes: int, kind: str = "torch", timeout_s: float = HANG_S) 
 
         extra = () if "world_size" in wanted else (inspect.Parameter("world_size", inspect.Parameter.KEYWORD_ONLY),)
         test.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
-        del test.__wrapped__  # type: ignore[attr-defined]  # pytest would look for arguments and marks in there
         test.body_on_ranks = body  # type: ignore[attr-defined]
         marked = pytest.mark.timeout(timeout_s + START_S[kind] + 60)(test)  # the pool's clock rings first
         return pytest.mark.parametrize("world_size", world_sizes, ids=[f"{n}ranks" for n in world_sizes])(marked)
@@ -98,7 +103,7 @@ def _run(
     if under_torchrun():
         from .outer import run_in_process
 
-        return run_in_process(world_size, body_of(body), arguments)
+        return run_in_process(world_size, body_of(body), arguments, kind)
     job = Job(body.__module__, body.__qualname__, pickle.dumps(arguments))
     pool = _pool(kind, world_size)
     try:
@@ -114,6 +119,13 @@ def _run(
     return [pickle.loads(report.value) for report in reports]
 
 
+def rank_device() -> torch.device:
+    """This rank's GPU where there is one for every rank, else the CPU."""
+    if torch.cuda.device_count() < dist.get_world_size():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def under_torchrun() -> bool:
     """Whether torchrun started this pytest."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -126,10 +138,11 @@ class Pool:
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
+        self.log_starts = [0] * world_size  # where the output of the current Job begins
         try:
             for rank in range(world_size):
                 self._start(kind, rank, world_size)
-            self._collect(START_S[kind], "start-up")
+            self._collect(START_S[kind], STARTING[kind])
         except BaseException:
             self.close()
             raise
@@ -138,7 +151,7 @@ class Pool:
         ours, theirs = multiprocessing.Pipe()
         arguments = (kind, rank, world_size, str(self.folder), theirs.fileno())
         code = f"from tests.multigpu.worker import main; main(*{arguments!r})"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path_with(ROOT)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path_with(ROOT), "PYTEST_ADDOPTS": ""}
         with theirs, log_path(self.folder, rank).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -156,6 +169,7 @@ class Pool:
     def run(self, job: Job, timeout_s: float) -> list[Report]:
         """Run one Job on every rank. Raises `RanksFailedError`; after that the pool must be closed."""
         for rank, connection in enumerate(self.connections):
+            self.log_starts[rank] = log_path(self.folder, rank).stat().st_size
             try:
                 connection.send(job)
             except OSError:
@@ -189,7 +203,7 @@ class Pool:
         title = "failed" if failed else f"hung: not done after {timeout_s:g} s"
         parts = [f"{what} {title} on {len(self.processes)} ranks"]
         shown: dict[str, int] = {}
-        for rank in sorted(range(len(self.processes)), key=lambda rank: rank in stacks):
+        for rank in [*reports, *stacks]:  # in the order of arrival: the cause before its consequences
             if rank in stacks:
                 parts.append(f"--- rank {rank} was still running, here:\n{stacks[rank]}")
             elif reports[rank].status != "failed":
@@ -210,7 +224,7 @@ class Pool:
         return {rank: _read(stacks_path(self.folder, rank)) + "\n" + self._log(rank) for rank in ranks}
 
     def _log(self, rank: int) -> str:
-        lines = _read(log_path(self.folder, rank)).splitlines()[-LOG_LINES:]
+        lines = _read(log_path(self.folder, rank), self.log_starts[rank]).splitlines()[-LOG_LINES:]
         return "\n".join(["(last lines that it printed)", *lines]) if lines else ""
 
     def close(self) -> None:
@@ -250,5 +264,5 @@ def _path_with(root: Path) -> str:
     return os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _read(path: Path) -> str:
-    return path.read_text(errors="replace").strip() if path.exists() else ""
+def _read(path: Path, start: int = 0) -> str:
+    return path.read_bytes()[start:].decode(errors="replace").strip() if path.exists() else ""

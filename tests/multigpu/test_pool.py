@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .pool import ROOT, RanksFailedError, on_ranks, run_on_ranks
+from .pool import ROOT, RanksFailedError, on_ranks, rank_device, run_on_ranks
 
 THIS = Path(__file__).relative_to(ROOT)
 
@@ -23,7 +23,7 @@ THIS = Path(__file__).relative_to(ROOT)
 @on_ranks(2, 3, 4)
 def test_body_runs_on_every_rank(world_size: int, tmp_path: Path) -> None:
     assert dist.get_world_size() == world_size
-    total = torch.tensor(dist.get_rank() + 1.0)
+    total = torch.tensor(dist.get_rank() + 1.0, device=rank_device())
     dist.all_reduce(total)
     assert total.item() == world_size * (world_size + 1) / 2
     (tmp_path / str(dist.get_rank())).touch()
@@ -200,10 +200,10 @@ def test_xdist_workers_have_pools_of_their_own() -> None:
 @pytest.mark.own_processes
 def test_ranks_made_by_torchrun_are_used() -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = run_pytest(*launcher, select="every_rank or arguments_reach or come_back or recovers")
+    done = run_pytest(*launcher, select="every_rank or arguments_reach or come_back or recovers or deepspeed")
     assert done.returncode == 0, done.stdout + done.stderr
-    # every_rank: 1 of 3 world sizes, and the seed; arguments_reach: 4; come_back: 1. Each rank prints its closing line.
-    assert done.stdout.count("7 passed") == 2, done.stdout
+    # On each rank, every_rank: 1 of 3 world sizes, and the seed; arguments_reach: 4; come_back: 1; deepspeed: 1.
+    assert done.stdout.count("8 passed") == 2, done.stdout
     assert "torchrun made 2 ranks, this test wants 3" in done.stdout
     assert "starts processes of its own" in done.stdout
 

@@ -17,6 +17,7 @@ import os
 import pickle
 import queue
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -107,7 +108,7 @@ def main(kind: str, rank: int, world_size: int, folder: str, connection_fd: int)
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         _allow_open_files()
-        jobs = _read_jobs(connection)
+        jobs = _read_jobs(connection, me.folder)
         guard = _guard_like_pytest()
         connection.send(_attempt(rank, lambda: join(me)))
         gc.collect()
@@ -120,15 +121,16 @@ def main(kind: str, rank: int, world_size: int, folder: str, connection_fd: int)
             connection.send(replace(report, worn=_open_files() > MAX_OPEN_FILES))
 
 
-def _read_jobs(connection: Connection) -> queue.SimpleQueue[Job]:
+def _read_jobs(connection: Connection, folder: Path) -> queue.SimpleQueue[Job]:
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
 
     def read() -> None:
         while True:
             try:
                 jobs.put(connection.recv())
-            except (EOFError, OSError):
-                os._exit(0)  # the parent closed the pool or died: the main thread may hang in a collective
+            except (EOFError, OSError):  # the parent closed the pool or died: the main thread may hang
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(0)
 
     threading.Thread(target=read, daemon=True, name="read-jobs").start()
     return jobs
