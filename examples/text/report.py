@@ -75,7 +75,7 @@ def progress(num_steps: int, *, show: bool) -> Iterable[int]:
         from tqdm import tqdm
     except ImportError:
         return _with_bar(steps)
-    return tqdm(steps, unit="step", dynamic_ncols=True)
+    return tqdm(steps, unit="step")
 
 
 def _with_lines(steps: range) -> Iterator[int]:
