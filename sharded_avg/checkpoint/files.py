@@ -12,19 +12,19 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..shard import Box
-from .archive import Record, is_archive, records
+from .archive import Record, is_archive, read_record, records
 from .source import AbstractSource, TensorInfo
 from .stored import Stored, StoredFile, contiguous_stride, torch_content
 
 INDEX_SUFFIX = ".safetensors.index.json"
-METADATA_KEY = "sharded_avg"  # in the header of a safetensors file, and in a torch file beside the tensors
+METADATA_KEY = "sharded_avg"  # facts: in the header of a safetensors file, and beside the tensors of a torch file
 _MAX_JSON_BYTES = 256 << 20
 DTYPE_NAMES = {  # of the safetensors format -> of torch
     "F64": "float64",
@@ -64,7 +64,9 @@ class TorchFile(AbstractSource):
                     raise CheckpointError(
                         f"{what} is not a file that torch.save writes today. If torch.load opens it, save it again"
                     )
-                self.content: Any = torch_content(file, records(file, 0, self._file.nbytes), what=what)
+                members = records(file, 0, self._file.nbytes)
+                self.content: Any = torch_content(file, members, what=what)
+                self._facts = _facts_member(file, members, what)
         except OSError as error:
             raise CheckpointError(f"{what} cannot be read: {error}") from error
         except CheckpointError as error:
@@ -84,14 +86,29 @@ class TorchFile(AbstractSource):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        return {"format": "torch"}
+        return {**self._facts, "format": "torch"}
+
+
+def _facts_member(file: BinaryIO, members: Mapping[str, Record], what: str) -> dict[str, Any]:
+    """What `write_torch` put beside the tensors; torch.load does not look at it."""
+    if METADATA_KEY not in members:
+        return {}
+    return _facts(read_record(file, members[METADATA_KEY], max_bytes=_MAX_JSON_BYTES).decode(errors="replace"))
+
+
+def _facts(text: str) -> dict[str, Any]:
+    facts = load_json(text, "what a file says about its average")
+    aliases = facts.get("aliases", {}) if isinstance(facts, dict) else None
+    if not isinstance(aliases, dict) or not isinstance(facts.get("average", ""), str):
+        raise CheckpointError("what a file says about its average is damaged: it is not what this package writes")
+    return {str(key): value for key, value in facts.items()}
 
 
 def flat_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    """Every Stored of nested dicts and lists, under its keys joined by dots."""
+    """Every Stored of nested dicts, lists and tuples, under its keys joined by dots."""
     if isinstance(content, Stored):
         yield prefix, content
-    elif isinstance(content, (dict, list)):
+    elif isinstance(content, (dict, list, tuple)):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
 
@@ -133,8 +150,7 @@ class SafetensorsFiles(AbstractSource):
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        ours = load_json(self.metadata.get(METADATA_KEY, "{}"), "the sharded_avg entry of its header")
-        return {"format": "safetensors", **(ours if isinstance(ours, dict) else {})}
+        return {**_facts(self.metadata.get(METADATA_KEY, "{}")), "format": "safetensors"}
 
 
 def safetensors_of(path: Path) -> list[Path]:

@@ -3,6 +3,8 @@
     TensorInfo      shape and dtype of one tensor
     AbstractSource  what a reader of one kind of file or folder provides; nothing is read before `read`
     Renamed         a source under other names, or a part of one
+    Cast            a source with its floating-point tensors in another dtype
+    Watched         a source that reports the bytes it hands out
 
 Consolidating, merging, converting and inspecting are written once, on sources. Opening one runs no code of the file.
 """
@@ -10,7 +12,7 @@ Consolidating, merging, converting and inspecting are written once, on sources. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +72,46 @@ class Renamed(AbstractSource):
     @property
     def facts(self) -> Mapping[str, Any]:
         return self._facts
+
+
+class Cast(AbstractSource):
+    """The tensors of `source`, the floating-point ones rounded to `dtype`; all as they are if it is `None`."""
+
+    def __init__(self, source: AbstractSource, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self._infos = {
+            name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
+            for name, info in source.infos.items()
+        }
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        return self._source.read(name, box).to(self._infos[name].dtype)
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._source.facts
+
+
+class Watched(AbstractSource):
+    """The tensors of `source`; `report` is told the bytes of each read, after it."""
+
+    def __init__(self, source: AbstractSource, report: Callable[[int], None]) -> None:
+        self._source = source
+        self._report = report
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._source.infos
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        tensor = self._source.read(name, box)
+        self._report(tensor.numel() * tensor.dtype.itemsize)
+        return tensor
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        return self._source.facts

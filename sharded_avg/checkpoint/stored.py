@@ -41,7 +41,7 @@ _PLAIN = {
     "torch.serialization._get_layout",
     "_codecs.encode",  # bytes, in protocol 2
 }
-_STORAGE_DTYPES = {
+STORAGE_DTYPES = {
     "Double": torch.float64,
     "Float": torch.float32,
     "Half": torch.float16,
@@ -203,7 +203,7 @@ class _Storage:
 
 def _admits(module: str, name: str) -> bool:
     kind = f"{module}.{name}"
-    is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in _STORAGE_DTYPES
+    is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in STORAGE_DTYPES
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN
 
@@ -212,7 +212,7 @@ def _storages(members: dict[str, Record], what: str) -> Callable[[Any], _Storage
     def find(pid: Any) -> _Storage:
         if isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], ClassName) and isinstance(pid[2], str):
             record = members.get(f"data/{pid[2]}")
-            dtype = _STORAGE_DTYPES.get(pid[1].kind.rpartition(".")[2].removesuffix("Storage"))
+            dtype = STORAGE_DTYPES.get(pid[1].kind.rpartition(".")[2].removesuffix("Storage"))
             if pid[0] == "storage" and record is not None and dtype is not None:
                 return _Storage(dtype, record)
         raise CheckpointError(f"{what} is damaged: it describes a storage that is not in it")

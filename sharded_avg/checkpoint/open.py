@@ -1,0 +1,117 @@
+"""Opening whatever holds weights, and handing out averaged ones.
+
+    open_source               any path -> a source: what we saved, what the importers know, or plain weights
+    load_averaged_state_dict  any path with an average in it -> full CPU tensors
+
+No process group, model or GPU is needed, and nothing that is opened is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .averages import saved_averages
+from .files import SafetensorsFiles, TorchFile, safetensors_of
+from .reader import INDEX_FILE, DcpFolder
+from .source import AbstractSource, Renamed
+
+StrPath = str | os.PathLike[str]
+
+
+def open_source(path: StrPath, name: str | None = None) -> AbstractSource:
+    """The tensors of a saved average, or of a plain checkpoint if there is no average in it.
+
+    `name`: which average; in a plain checkpoint, the key that the tensors are under ("model"). `facts["average"]`
+    says which average it is, and is not there for plain weights. Raises `CheckpointError` for what cannot be read.
+    """
+    path = _existing(path)
+    average = _average(path, name)
+    if average is not None:
+        return average
+    return _under(_plain(path), name, path)
+
+
+def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
+    """Full averaged tensors on the CPU, under the model's own names. Needs no process group and no GPU.
+
+    `path` is a folder that `save` wrote, a checkpoint folder that contains an average, a file that
+    `sharded-avg consolidate` made, or a foreign format that `sharded-avg inspect` knows. `name` chooses among several
+    averages. Tied names share one tensor. Frozen parameters and buffers come along where the checkpoint has them:
+    with all of them, `model.load_state_dict(...)` is strict; else pass `strict=False` to it.
+
+    Raises `CheckpointError` if there is no (such) average or if it is torn or damaged, and `NotStartedError` if it was
+    saved before its first update.
+    """
+    path = _existing(path)
+    source = _average(path, name)
+    if source is None:
+        raise CheckpointError(
+            f"{str(path)!r} holds weights and no average ({_plain(path).facts.get('format')}). Saved averages come "
+            "from ShardedAverage.save, or from torch.distributed.checkpoint.save({'average': average})"
+        )
+    aliases = source.facts.get("aliases", {})
+    state = {key: source.read(key) for key in source.infos if key not in aliases}
+    return {key: state[aliases.get(key, key)] for key in source.infos}
+
+
+def _average(path: Path, name: str | None) -> AbstractSource | None:
+    saved = saved_averages(path)
+    if saved is not None:
+        return saved.source(name)
+    plain = _exported(path, name)
+    return _imported(path, name) if plain is None else plain
+
+
+def _exported(path: Path, name: str | None) -> AbstractSource | None:
+    """A file that `consolidate` or `merge` made: plain weights that say which average they are."""
+    source = _plain_or_none(path)
+    average = None if source is None else source.facts.get("average")
+    if average is not None and name not in (None, average):
+        raise CheckpointError(f"{str(path)!r} holds the average {average!r} and no {name!r}")
+    return None if average is None else source
+
+
+def _imported(path: Path, name: str | None) -> AbstractSource | None:
+    """A foreign format that keeps an average."""
+    return None
+
+
+def _plain(path: Path) -> AbstractSource:
+    source = _plain_or_none(path)
+    if source is None:
+        raise CheckpointError(
+            f"{str(path)!r} is nothing that is known here: neither a saved average, nor a folder of "
+            "torch.distributed.checkpoint, nor a file of torch.save or safetensors"
+        )
+    return source
+
+
+def _plain_or_none(path: Path) -> AbstractSource | None:
+    if safetensors_of(path):
+        return SafetensorsFiles(path)
+    if path.is_dir():
+        return DcpFolder(path) if (path / INDEX_FILE).exists() else None
+    return TorchFile(path)
+
+
+def _under(source: AbstractSource, name: str | None, path: Path) -> AbstractSource:
+    if name is None:
+        return source
+    names: Mapping[str, str] = {key.removeprefix(f"{name}."): key for key in source.infos if key.startswith(f"{name}.")}
+    if not names:
+        first: list[Any] = sorted({key.partition(".")[0] for key in source.infos})[:20]
+        raise CheckpointError(f"{str(path)!r} holds no average, and no tensors under {name!r}; it has {first}")
+    return Renamed(source, names)
+
+
+def _existing(path: StrPath) -> Path:
+    text = os.fspath(path)
+    if "://" in text:
+        raise CheckpointError(f"{text!r} is not on a disk: copy the folder to one first")
+    return Path(text)

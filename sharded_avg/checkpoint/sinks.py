@@ -1,0 +1,308 @@
+"""Sources written to files, a slab at a time.
+
+    write_safetensors         one file, or the several of a given size that model.safetensors.index.json names
+    write_torch               one file that torch.load(weights_only=True) reads
+    write_folder              a folder that ShardedAverage.load reads
+    appearing                 a file that has its name only when it is whole
+
+Each holds one slab of at most SLAB_BYTES at a time, whatever the size of the tensors. The writers are our own because
+the libraries' want whole tensors, or all of them, in memory: `safetensors.torch.save_file` and `torch.save`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from ..errors import ConfigError
+from ..shard import Box
+from .files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
+from .folder import save_folder
+from .manifest import Manifest
+from .place import place_of
+from .source import AbstractSource, TensorInfo
+from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
+
+SLAB_BYTES = 32 << 20
+_ALIGNMENT = 64
+_DTYPE_CODES = {getattr(torch, name): code for code, name in DTYPE_NAMES.items()}
+_STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
+
+
+def slabs(info: TensorInfo, max_bytes: int = SLAB_BYTES) -> Iterator[Box]:
+    """Boxes that follow each other in row-major order and fill the tensor, none larger than `max_bytes`."""
+    yield from _slabs((), info.shape, max(1, max_bytes // info.dtype.itemsize))
+
+
+def _slabs(index: tuple[int, ...], shape: tuple[int, ...], max_elements: int) -> Iterator[Box]:
+    """Slabs of the part of a tensor whose first coordinates are `index`; `shape` is what is left."""
+    whole = Box.whole(shape)
+    if not whole.numel:
+        return
+    if whole.numel <= max_elements:
+        yield Box((*index, *whole.offsets), ((1,) * len(index) + whole.lengths))
+        return
+    row = whole.numel // shape[0]
+    if row > max_elements:
+        for i in range(shape[0]):
+            yield from _slabs((*index, i), shape[1:], max_elements)
+        return
+    step = max_elements // row
+    for i in range(0, shape[0], step):
+        offsets, lengths = (i, *whole.offsets[1:]), (min(step, shape[0] - i), *shape[1:])
+        yield Box((*index, *offsets), (1,) * len(index) + lengths)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which becomes `path` at the end, or is removed if the body raises."""
+    incoming = path.with_name(f".{path.name}.incoming-{os.getpid()}")
+    try:
+        yield incoming
+        _flush(incoming)
+        os.replace(incoming, path)
+    finally:
+        incoming.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_safetensors(
+    source: AbstractSource, path: Path, facts: Mapping[str, Any], *, max_file_bytes: int | None = None
+) -> None:
+    """Write one file at `path`, or, with `max_file_bytes`, a folder as the Hugging Face ecosystem reads it.
+
+    A tensor that is larger than `max_file_bytes` gets a file of its own. Raises `ConfigError` for a dtype that the
+    format lacks, and for a folder that already has weights of that kind.
+    """
+    lacking = sorted({str(info.dtype) for info in source.infos.values() if info.dtype not in _DTYPE_CODES})
+    if lacking:
+        raise ConfigError(f"the safetensors format has no {lacking}: pass --dtype, or write a torch file")
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(dict(facts))}
+    if max_file_bytes is None:
+        with appearing(path) as incoming:
+            _write_one(source, list(source.infos), incoming, metadata)
+    else:
+        _write_several(source, path, metadata, max_file_bytes)
+
+
+def _write_one(source: AbstractSource, names: list[str], path: Path, metadata: Mapping[str, str]) -> None:
+    # Widest dtype first, as the library does: then every tensor is aligned to its own elements.
+    names = sorted(names, key=lambda name: (-source.infos[name].dtype.itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name in names:
+        info = source.infos[name]
+        stop = position + info.nbytes
+        header[name] = {
+            "dtype": _DTYPE_CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            _write_tensor(source, name, file)
+
+
+def _write_tensor(source: AbstractSource, name: str, file: IO[bytes]) -> None:
+    for box in slabs(source.infos[name]):
+        values = source.read(name, box).contiguous()
+        file.write(bytes_of(values))
+
+
+def _write_several(source: AbstractSource, folder: Path, metadata: Mapping[str, str], max_file_bytes: int) -> None:
+    groups = _groups(source.infos, max_file_bytes)
+    files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        files = ["model.safetensors"]
+    before = sorted(entry.name for entry in folder.glob("model*.safetensors*")) if folder.exists() else []
+    if before:
+        raise ConfigError(f"{str(folder)!r} already holds {before}: choose a new folder, or remove them")
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / f".incoming-{os.getpid()}"
+    try:
+        staging.mkdir()
+        for names, file in zip(groups, files, strict=True):
+            _write_one(source, names, staging / file, metadata)
+            _flush(staging / file)
+        for file in files:
+            os.replace(staging / file, folder / file)
+        if len(groups) > 1:
+            _write_index(
+                folder, {name: file for names, file in zip(groups, files, strict=True) for name in names}, source
+            )
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], source: AbstractSource) -> None:
+    total = sum(info.nbytes for info in source.infos.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    with appearing(folder / f"model{INDEX_SUFFIX}") as incoming:
+        incoming.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _groups(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut where the next tensor would not fit."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, info in infos.items():
+        if groups[-1] and filled + info.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += info.nbytes
+    return groups
+
+
+def write_torch(source: AbstractSource, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a flat state dict in torch.save's format; tied names (`facts["aliases"]`) share one storage."""
+    aliases = facts.get("aliases", {})
+    keys = {name: str(key) for key, name in enumerate(name for name in source.infos if name not in aliases)}
+    keys |= {alias: keys[name] for alias, name in aliases.items()}
+    with appearing(path) as incoming, zipfile.ZipFile(incoming, "w") as archive:
+        _member(archive, "data.pkl", _pickled(source.infos, keys))
+        _member(archive, "byteorder", b"little")
+        _member(archive, METADATA_KEY, json.dumps(dict(facts)).encode())
+        for name in source.infos:
+            if name not in aliases:
+                info = _member_info(archive, f"data/{keys[name]}", source.infos[name].nbytes)
+                with archive.open(info, "w", force_zip64=True) as member:
+                    _write_tensor(source, name, member)
+        _member(archive, "version", b"3\n")
+
+
+def _member(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    with archive.open(_member_info(archive, name, len(data)), "w", force_zip64=True) as member:
+        member.write(data)
+
+
+def _member_info(archive: zipfile.ZipFile, name: str, nbytes: int) -> zipfile.ZipInfo:
+    """A header padded, as torch does, so that the data begin at a multiple of 64 bytes and can be mapped."""
+    info = zipfile.ZipInfo(f"archive/{name}")
+    info.file_size = nbytes
+    num_zip64_bytes, num_pad_header_bytes = 20, 4
+    begin = archive.fp.tell() + 30 + len(info.filename) + num_zip64_bytes + num_pad_header_bytes  # type: ignore[union-attr]
+    info.extra = struct.pack("<2sH", b"FB", -begin % _ALIGNMENT) + b"Z" * (-begin % _ALIGNMENT)
+    return info
+
+
+@dataclass(frozen=True)
+class _StorageId:
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class _TensorAt:
+    storage: _StorageId
+    shape: tuple[int, ...]
+
+
+class _Pickler(pickle.Pickler):
+    """Writes what torch.save writes about tensors, without the tensors."""
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, _StorageId):
+            return None
+        name = _STORAGE_NAMES.get(obj.dtype)
+        if name is None:  # dtypes younger than typed storages
+            return "storage", torch.UntypedStorage, obj.key, "cpu", obj.numel * obj.dtype.itemsize
+        return "storage", getattr(torch, f"{name}Storage"), obj.key, "cpu", obj.numel
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, _TensorAt):
+            return NotImplemented
+        dtype = obj.storage.dtype
+        args = (obj.storage, 0, obj.shape, contiguous_stride(obj.shape), False, OrderedDict[str, Any]())
+        if dtype in _STORAGE_NAMES:
+            return torch._utils._rebuild_tensor_v2, args
+        return torch._utils._rebuild_tensor_v3, (*args, dtype)
+
+
+def _pickled(infos: Mapping[str, TensorInfo], keys: Mapping[str, str]) -> bytes:
+    tensors = {
+        name: _TensorAt(_StorageId(keys[name], info.dtype, Box.whole(info.shape).numel), info.shape)
+        for name, info in infos.items()
+    }
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(OrderedDict(tensors))
+    return stream.getvalue()
+
+
+class SourceItem(Tensor):
+    """One tensor of a source in a DCP state dict: DCP asks for one slab at a time, and writes it."""
+
+    _read: tuple[AbstractSource, str]
+
+    @staticmethod
+    def __new__(cls, source: AbstractSource, name: str) -> SourceItem:
+        info = source.infos[name]
+        item: SourceItem = Tensor._make_wrapper_subclass(cls, info.shape, dtype=info.dtype, device=torch.device("cpu"))
+        item._read = source, name
+        return item
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} on a tensor that is still in its file")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"SourceItem({self._read[1]!r}, {tuple(self.shape)}, {self.dtype})"
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        source, name = self._read
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)),
+                    properties=properties,
+                    size=self.shape,
+                ),
+            )
+            for box in slabs(source.infos[name])
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        source, name = self._read
+        boxes = {box.offsets: box for box in slabs(source.infos[name])}
+        return source.read(name, boxes[tuple(index.offset or ())])
+
+
+def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None:
+    """Write the one average of `manifest` as ShardedAverage.save does."""
+    (average,) = manifest.averages
+    state = {
+        "manifest": manifest.to_json(),
+        average: {name: SourceItem(source, name) for name in manifest.tensors},
+    }
+    try:
+        save_folder(path, state, manifest, None)
+    finally:
+        shutil.rmtree(place_of(path).incoming, ignore_errors=True)
