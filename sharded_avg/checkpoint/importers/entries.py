@@ -1,0 +1,145 @@
+"""Averages that lie in a place of their own: below one key, below one prefix, or in one file.
+
+EntryImporter     one top-level key of a torch file holds a whole state dict
+PrefixImporter    tensors of any kind of checkpoint whose names begin with a prefix
+MMEngineImporter  `state_dict` is the average, `ema_state_dict` is raw: exchanged on purpose
+FairseqImporter   extra_state["ema"], with the fp32 values where there are any
+EmaFileImporter   a safetensors file, or a folder of one, that is called an average
+DiffusersImporter a pretrained folder whose config.json has the settings of an EMA
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..files import SafetensorsFiles
+from ..source import AbstractSource
+from .base import AbstractImporter, Content, Names, ema_rule, is_state
+
+_DESCRIBES_ITSELF = {"n_averaged", "initted", "steps", "shadow_params", "num_updates"}
+
+
+class EntryImporter(AbstractImporter):
+    """A plain state dict under one of `keys`, the first that there is."""
+
+    def __init__(self, format: str, about: str, *keys: str) -> None:
+        self.format, self.about, self._keys = format, about, keys
+
+    def claims(self, content: Content) -> bool:
+        return self._key(content) is not None
+
+    def _key(self, content: Content) -> tuple[str, ...] | None:
+        for key in self._keys:
+            for keys in ((key,), (key, "module")):
+                node = content.at(*keys)
+                if is_state(node) and not _DESCRIBES_ITSELF & node.keys():
+                    return keys
+        return None
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        keys = self._key(content)
+        if keys is None:
+            raise content.refuse(f"it holds no state dict where {self.format} keeps the average ({self.about})")
+        flats = content.under(".".join(keys) + ".")
+        if all(name.startswith("module.") for name in flats):  # saved through DistributedDataParallel
+            flats = {name.removeprefix("module."): flat for name, flat in flats.items()}
+        return self.found(content, flats, step=content.number("step"))
+
+
+class PrefixImporter(AbstractImporter):
+    """Names that begin with one of `prefixes` (the first that any name has), or match `pattern` with one group."""
+
+    def __init__(self, format: str, about: str, *prefixes: str, pattern: str | None = None) -> None:
+        self.format, self.about, self._prefixes = format, about, prefixes
+        self._pattern = None if pattern is None else re.compile(pattern)
+
+    def claims(self, content: Content) -> bool:
+        return bool(self._flats(content))
+
+    def _flats(self, content: Content) -> dict[str, str]:
+        if self._pattern is not None:
+            matches = ((self._pattern.fullmatch(flat), flat) for flat in content.source.infos)
+            return {match[1]: flat for match, flat in matches if match}
+        return next((found for prefix in self._prefixes if (found := content.under(prefix))), {})
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        return self.found(content, self._flats(content), step=content.number("iteration"))
+
+
+class MMEngineImporter(AbstractImporter):
+    """The hook exchanges the two before it saves: `ema_state_dict` = {`module.<name>`: raw, `steps`}."""
+
+    format = "mmengine"
+    about = "MMEngine's EMAHook: state_dict"
+
+    def claims(self, content: Content) -> bool:
+        other = content.at("ema_state_dict")
+        return isinstance(other, dict) and "steps" in other and is_state(content.at("state_dict"))
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        n_averaged = self.started(content, content.number("ema_state_dict", "steps"))
+        return self.found(
+            content, content.under("state_dict."), n_averaged=n_averaged, step=content.number("meta", "iter")
+        )
+
+
+class FairseqImporter(AbstractImporter):
+    """`extra_state["ema"]`, in the model's dtype, and `extra_state["ema_fp32_params"]` where it was kept in fp32."""
+
+    format = "fairseq"
+    about = "fairseq: extra_state['ema'], extra_state['ema_fp32_params']"
+
+    def claims(self, content: Content) -> bool:
+        return is_state(content.at("extra_state", "ema"))
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        flats = {**content.under("extra_state.ema."), **content.under("extra_state.ema_fp32_params.")}
+        return self.found(content, flats)
+
+
+class EmaFileImporter(AbstractImporter):
+    """Weights whose file or folder is called an average: `ema.safetensors`, `<model>_ema.safetensors`, `<model>_ema/`.
+
+    Only safetensors: an `ema.pt` of some trainers is one rank's shard, which looks like a whole average.
+    """
+
+    format = "ema_file"
+    about = "Open-Sora, BAGEL, FastVideo, Open-Sora-Plan and others: ema.safetensors, *_ema.safetensors, *_ema/"
+
+    def claims(self, content: Content) -> bool:
+        is_called_so = _is_called_average(content.path) or _is_called_average(content.path.parent, folder=True)
+        return is_called_so and isinstance(content.source, SafetensorsFiles) and not _has_ema_settings(content)
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        if not isinstance(content.source, SafetensorsFiles):
+            raise content.refuse(
+                "only a .safetensors file is read as a whole average: a .pt file may be one rank's shard"
+            )
+        return self.found(content, {name: name for name in content.source.infos})
+
+
+def _is_called_average(path: Path, *, folder: bool = False) -> bool:
+    name = path.name if folder or path.is_dir() else path.name.partition(".")[0]
+    return re.fullmatch(r"(.+_)?ema(_model)?(_\d+)?", name) is not None
+
+
+class DiffusersImporter(AbstractImporter):
+    """What EMAModel.save_pretrained writes: the averaged model, and the settings of the EMA in its config.json."""
+
+    format = "diffusers"
+    about = "diffusers' EMAModel.save_pretrained: the folder's own weights"
+
+    def claims(self, content: Content) -> bool:
+        return _has_ema_settings(content) and bool(content.source.infos)
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        config = content.config
+        step = self.started(content, config.get("optimization_step"))
+        n_averaged = None if step is None else max(step - int(config.get("update_after_step") or 0), 1)
+        rule = ema_rule(config.get("decay"))
+        return self.found(content, {n: n for n in content.source.infos}, step=step, n_averaged=n_averaged, rule=rule)
+
+
+def _has_ema_settings(content: Content) -> bool:
+    return {"decay", "optimization_step", "update_after_step"} <= content.config.keys()

@@ -1,0 +1,63 @@
+"""Opening what an importer looks at: a torch file, safetensors, a DCP folder, or a pretrained folder.
+
+Nothing in the file runs, and no tensor is read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..files import INDEX_SUFFIX, SafetensorsFiles, TorchFile, flat_tensors, load_json, safetensors_of
+from ..place import MANIFEST_FILE
+from ..reader import INDEX_FILE, DcpFolder
+from .base import Content
+
+_EMA_FILE = "ema.safetensors"
+_CONFIG_FILE = "config.json"
+
+
+def open_content(path: str | os.PathLike[str]) -> Content | None:
+    """The checkpoint at `path`; `None` for a folder without one, and for an average of this package.
+
+    Raises `CheckpointError` for a file that cannot be opened, is damaged, or needs foreign classes.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"{str(path)!r}: there is no such file or folder")
+    if place.is_dir():
+        return _folder(place)
+    if place.suffix == ".safetensors" or place.name.endswith(INDEX_SUFFIX):
+        return Content(place, SafetensorsFiles(place))
+    file = TorchFile(place)
+    _refuse_ambiguous_names(file, place)
+    return Content(place, file, tree=file.content)
+
+
+def _folder(folder: Path) -> Content | None:
+    if (folder / MANIFEST_FILE).exists():
+        return None
+    if (folder / INDEX_FILE).exists():
+        return Content(folder, DcpFolder(folder))
+    if (folder / _EMA_FILE).exists():
+        return Content(folder / _EMA_FILE, SafetensorsFiles(folder / _EMA_FILE))
+    if safetensors_of(folder):
+        return Content(folder, SafetensorsFiles(folder), config=_config(folder))
+    averages = [child for child in sorted(folder.glob("*_ema")) if child.is_dir()]
+    return _folder(averages[0]) if len(averages) == 1 else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / _CONFIG_FILE
+    if not file.is_file():
+        return {}
+    config = load_json(file.read_text(encoding="utf-8", errors="replace"), repr(str(file)))
+    return config if isinstance(config, dict) else {}
+
+
+def _refuse_ambiguous_names(file: TorchFile, path: Path) -> None:
+    """{"a.b": x, "a": {"b": y}} has two tensors of one flat name: then a name does not say which is meant."""
+    if sum(1 for _ in flat_tensors(file.content)) != len(file.infos):
+        raise CheckpointError(f"{str(path)!r} has keys with dots that read like the keys of a dict in it: not opened")
