@@ -9,9 +9,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...errors import UnsupportedModelError
 from ...shard import Interval
 from .engine import need
 from .piece import EMPTY, AbstractWeights, Piece
+
+_PARAMETER_ATTRIBUTES = (
+    "ds_tensor",
+    "ds_shape",
+    "ds_numel",
+    "ds_process_group",
+    "ds_status",
+    "ds_persist",
+    "ds_secondary_tensor",
+    "all_gather",
+)
 
 
 class Partitioned(AbstractWeights):
@@ -19,8 +31,14 @@ class Partitioned(AbstractWeights):
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
+        for name in ("persistent_parameters", "empty_partition_cache"):
+            need(self._optimizer, name)
+        for param in self._params():
+            for name in _PARAMETER_ATTRIBUTES:
+                need(param, name)
 
     def pieces(self) -> list[Piece]:
+        self._refuse_late()
         pieces, mastered = [], set()
         for params, weights, master in self._groups():
             aliased, offset = weights.data_ptr() == master.data_ptr(), 0
@@ -29,7 +47,7 @@ class Partitioned(AbstractWeights):
                 pieces.append(_cut(param, None if aliased else master.detach()[offset : offset + size]))
                 mastered.add(id(param))
                 offset += size
-        others = (p for p in self._engine.module.parameters() if hasattr(p, "ds_tensor") and id(p) not in mastered)
+        others = (param for param in self._params() if id(param) not in mastered)
         return pieces + [_cut(param, None) for param in others]
 
     def buffers(self) -> list[Tensor]:
@@ -40,18 +58,28 @@ class Partitioned(AbstractWeights):
         return hook.id in self._engine.module._forward_pre_hooks
 
     def release(self) -> None:
-        params = self._engine.module.parameters()
-        if any(p.ds_status.name != "NOT_AVAILABLE" and not p.ds_persist for p in params if hasattr(p, "ds_status")):
+        if any(param.ds_status.name != "NOT_AVAILABLE" and not param.ds_persist for param in self._params()):
             self._optimizer.empty_partition_cache()
 
     def publish(self) -> None:
         self._optimizer.empty_partition_cache()
-        for param in self._engine.module.parameters():
-            if getattr(param, "ds_secondary_tensor", None) is not None:
+        for param in self._params():
+            if param.ds_secondary_tensor is not None:
                 param.ds_secondary_tensor = None  # the second partition of hpZ, now stale: made anew at next use
         if persistent := self._optimizer.persistent_parameters:
             with torch.no_grad():
                 persistent[0].all_gather(persistent)
+
+    def _params(self) -> list[Any]:
+        return [param for param in self._engine.module.parameters() if hasattr(param, "ds_id")]
+
+    def _refuse_late(self) -> None:
+        late = [tuple(param.shape) for param in self._engine.module.parameters() if not hasattr(param, "ds_id")]
+        if late:
+            raise UnsupportedModelError(
+                f"{len(late)} parameters (shapes {late[:3]}) were added to the module after deepspeed.initialize, so "
+                "ZeRO-3 neither partitions nor trains them; add modules and adapters first, then initialize the engine"
+            )
 
     def _groups(self) -> Iterator[tuple[list[Any], Tensor, Tensor]]:
         attributes = ("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Replicated(AbstractWeights):
     def buffers(self) -> list[Tensor]:
         if (known := kind(self._engine.optimizer)) in FLAT_ATTRIBUTES:
             return [flat for name in FLAT_ATTRIBUTES[known][1:] for flat in need(self._engine.optimizer, name)]
-        return [master for param, master in self._loose() if master is not param]
+        return [master for _, param, master in self._loose() if master is not param]
 
     def alive(self) -> bool:
         optimizer = self._engine.optimizer
@@ -67,38 +68,37 @@ class Replicated(AbstractWeights):
         return Run(places, [Span(0, flat.detach())], [Span(begin, master.detach().view(-1))], stretch)
 
     def _loose_runs(self) -> Iterator[Run]:
-        """Stage 0 without flat weights: one Run for each dtype and device."""
+        """Stage 0 without flat weights: one Run for each parameter group, dtype and device.
+
+        A group that joins the optimizer later (unfrozen parameters) then leaves the cuts of the others as they are.
+        """
         kinds: dict[tuple[object, ...], list[tuple[nn.Parameter, Tensor]]] = {}
-        for param, master in self._loose():
+        for index, param, master in self._loose():
             if _is_row_major(param, master):
-                kinds.setdefault((param.dtype, param.device, master is param), []).append((param, master))
-        for (*_, alone), pairs in kinds.items():
-            places, begin = [], 0
-            for param, _ in pairs:
-                places.append((param, begin))
-                begin += param.numel()
-            starts = [start for _, start in places]
-            live = [Span(start, param.detach().view(-1)) for param, start in places]
-            masters = [Span(start, master.detach().view(-1)) for start, (_, master) in zip(starts, pairs, strict=True)]
-            yield Run(places, live, live if alone else masters, -(-begin // self._world_size))
+                kinds.setdefault((index, param.dtype, param.device), []).append((param, master))
+        for pairs in kinds.values():
+            begins = list(accumulate((param.numel() for param, _ in pairs), initial=0))
+            total = begins.pop()
+            live = [Span(begin, p.detach().view(-1)) for begin, (p, _) in zip(begins, pairs, strict=True)]
+            masters = [Span(begin, m.detach().view(-1)) for begin, (_, m) in zip(begins, pairs, strict=True)]
+            alone = all(master is param for param, master in pairs)
+            places = [(param, begin) for begin, (param, _) in zip(begins, pairs, strict=True)]
+            yield Run(places, live, live if alone else masters, -(-total // self._world_size))
 
     def _uncut(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Weights in another memory format than row-major: no Interval of theirs is a view, so each rank keeps them."""
-        return (pair for pair in self._loose() if not _is_row_major(*pair))
+        return ((param, master) for _, param, master in self._loose() if not _is_row_major(param, master))
 
-    def _loose(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Every trained parameter and its master: itself in fp32."""
+    def _loose(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
+        """Group, parameter and master of every trained parameter that lies by itself; in fp32 it is its own master."""
         optimizer = self._engine.optimizer
         if (known := kind(optimizer)) in FLAT_ATTRIBUTES:
             return
-        if known == UNFUSED:
-            lists = (need(optimizer, "fp16_groups"), need(optimizer, "fp32_groups"))
-            for params, masters in zip(*lists, strict=True):
-                yield from ((p, m) for p, m in zip(params, masters, strict=True) if p.numel())
-            return
-        for param in self._engine.module.parameters():
-            if param.requires_grad and param.numel():
-                yield param, param
+        groups = [group["params"] for group in optimizer.param_groups]
+        params = need(optimizer, "fp16_groups") if known == UNFUSED else groups
+        masters = need(optimizer, "fp32_groups") if known == UNFUSED else groups
+        for index, pairs in enumerate(zip(params, masters, strict=True)):
+            yield from ((index, p, m) for p, m in zip(*pairs, strict=True) if p.numel())
 
 
 def _place(param: nn.Parameter, flat: Tensor) -> int:
