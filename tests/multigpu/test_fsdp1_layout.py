@@ -210,37 +210,57 @@ def test_neighbours_lie_together_and_ranks_may_hold_nothing(use_orig_params: boo
         assert 0 <= gap < padding
 
 
+CASES: dict[str, dict[str, Any]] = {
+    "checkpoint": {},
+    "prefetch": {"forward_prefetch": True, "limit_all_gathers": False},
+    "limited": {"forward_prefetch": True, "limit_all_gathers": True},
+    "compile part": {},
+    "compile all": {},
+}
+
+
+@pytest.mark.parametrize("case", ["checkpoint", "prefetch", "limited"])
 @both_views
 @on_ranks(2)
-def test_wrappers_and_prefetch(use_orig_params: bool) -> None:
-    """P64: activation checkpointing, torch.compile and prefetching change neither names nor what an edit does."""
-    cases: list[tuple[str, dict[str, Any]]] = [
-        ("checkpoint", {}),
-        *([("compile part", {}), ("compile all", {})] if use_orig_params else []),  # dynamo wants the user's parameters
-        ("prefetch", {"forward_prefetch": True, "limit_all_gathers": False}),
-        ("limited", {"forward_prefetch": True, "limit_all_gathers": True}),
-    ]
+def test_wrappers_and_prefetch(use_orig_params: bool, case: str) -> None:
+    """P64: activation checkpointing and prefetching change neither names nor what an edit does."""
     for strategy in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD"):
-        for case, more in cases:
-            plain = plain_model()
-            inner = copy.deepcopy(plain)
-            if case == "compile part":
-                inner.back = torch.compile(inner.back, backend="eager")
-            model = fsdp(inner, strategy, use_orig_params, **more)
-            if case == "checkpoint":
-                apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
-            run = Run(torch.compile(model, backend="eager") if case == "compile all" else model, plain)
-            layout = Fsdp1Layout(run.model)
-            run.train(2)
-            assert_state(layout, plain)
-            for _ in range(2):
-                before = edit(layout)
-                run.assert_forward(edited_copy(plain))
-                restore(layout, before)
-                run.assert_forward()
-            layout.release()
-            run.train(2)
-            assert_state(layout, plain)
+        check_wrapped(case, strategy, use_orig_params)
+
+
+@pytest.mark.parametrize("case", ["compile part", "compile all"])
+@on_ranks(2)
+def test_compiled(case: str) -> None:
+    """P106: torch.compile changes neither names nor what an edit does; dynamo wants use_orig_params=True."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dynamo looks at .grad of FSDP1's views
+        for strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
+            torch._dynamo.reset()
+            check_wrapped(case, strategy, True)
+
+
+def check_wrapped(case: str, strategy: str, use_orig_params: bool) -> None:
+    plain = plain_model()
+    inner = copy.deepcopy(plain)
+    if case == "compile part":
+        inner.back = torch.compile(inner.back, backend="eager")
+    model: Any = fsdp(inner, strategy, use_orig_params, **CASES[case])
+    if case == "checkpoint":
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    if case == "compile all":
+        model = torch.compile(model, backend="eager")
+    run = Run(model, plain)
+    layout = Fsdp1Layout(model)
+    run.train(2)
+    assert_state(layout, plain)
+    for _ in range(2):
+        before = edit(layout)
+        run.assert_forward(edited_copy(plain))
+        restore(layout, before)
+        run.assert_forward()
+    layout.release()
+    run.train(2)
+    assert_state(layout, plain)
 
 
 class BadBatch(Exception):
