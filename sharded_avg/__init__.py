@@ -10,6 +10,7 @@ with average.swapped():         # the model computes with averaged weights
 """
 
 from .averager import ShardedAverage
+from .checkpoint.open import load_averaged_state_dict
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -42,4 +43,5 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "SwapError",
     "UnsupportedModelError",
     "__version__",
+    "load_averaged_state_dict",
 ]

@@ -10,7 +10,7 @@ the model that was averaged, its frozen parameters and buffers come along.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +180,3 @@ def _below(path: Path, depth: int) -> Iterator[Path]:
     for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()):
         yield folder
         yield from _below(folder, depth - 1)
-
-
-def facts_of_export(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written into a file of averaged weights about where they come from."""
-    kept = ("average", "n_averaged", "step", "rule", "provenance", "package")
-    return {key: facts[key] for key in kept if key in facts}

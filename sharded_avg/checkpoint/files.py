@@ -52,10 +52,11 @@ class TorchFile(AbstractSource):
 
     `content` is the saved object: dicts, lists and plain values, with a Stored in place of each tensor, none of them
     read yet. As a source it has every tensor of a flat or nested dict, under its keys joined by dots.
-    Raises `CheckpointError` for what is damaged, or needs classes beyond tensors and plain values.
+    Raises `CheckpointError` for what is damaged, or needs classes beyond tensors and plain values; with `foreign`, a
+    word stands in the place of each object of such a class.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, foreign: bool = False) -> None:
         self._file = StoredFile(path)
         what = repr(str(path))
         try:
@@ -65,7 +66,7 @@ class TorchFile(AbstractSource):
                         f"{what} is not a file that torch.save writes today. If torch.load opens it, save it again"
                     )
                 members = records(file, 0, self._file.nbytes)
-                self.content: Any = torch_content(file, members, what=what)
+                self.content: Any = torch_content(file, members, what=what, foreign=foreign)
                 self._facts = _facts_member(file, members, what)
         except OSError as error:
             raise CheckpointError(f"{what} cannot be read: {error}") from error

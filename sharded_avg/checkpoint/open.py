@@ -15,12 +15,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from .averages import saved_averages
 from .files import SafetensorsFiles, TorchFile, safetensors_of
+from .importers import find_importer
 from .reader import INDEX_FILE, DcpFolder
 from .source import AbstractSource, Renamed
 
+_ONLY_NAME = "average"
 StrPath = str | os.PathLike[str]
 
 
@@ -70,7 +72,10 @@ def _average(path: Path, name: str | None) -> AbstractSource | None:
 
 def _exported(path: Path, name: str | None) -> AbstractSource | None:
     """A file that `consolidate` or `merge` made: plain weights that say which average they are."""
-    source = _plain_or_none(path)
+    try:
+        source = _plain_or_none(path)
+    except ConfigError:  # a folder of several files: the importers may know which one is the average
+        return None
     average = None if source is None else source.facts.get("average")
     if average is not None and name not in (None, average):
         raise CheckpointError(f"{str(path)!r} holds the average {average!r} and no {name!r}")
@@ -78,8 +83,12 @@ def _exported(path: Path, name: str | None) -> AbstractSource | None:
 
 
 def _imported(path: Path, name: str | None) -> AbstractSource | None:
-    """A foreign format that keeps an average."""
-    return None
+    """A foreign format that keeps an average; any other name is a key of a plain checkpoint."""
+    found = find_importer(path)
+    if found is None or name not in (None, _ONLY_NAME, found.format):
+        return None
+    source = found.open()
+    return Renamed(source, {key: key for key in source.infos}, {"average": _ONLY_NAME})
 
 
 def _plain(path: Path) -> AbstractSource:

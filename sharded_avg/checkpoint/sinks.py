@@ -35,7 +35,7 @@ from ..shard import Box
 from .files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
 from .folder import save_folder
 from .manifest import Manifest
-from .place import place_of
+from .place import MANIFEST_FILE, place_of
 from .source import AbstractSource, TensorInfo
 from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
 
@@ -305,4 +305,6 @@ def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None
     try:
         save_folder(path, state, manifest, None)
     finally:
-        shutil.rmtree(place_of(path).incoming, ignore_errors=True)
+        incoming = Path(place_of(path).incoming)
+        if not (incoming / MANIFEST_FILE).exists():  # a whole one is somebody's only copy
+            shutil.rmtree(incoming, ignore_errors=True)

@@ -180,18 +180,19 @@ def _read_exactly(file: BinaryIO, offset: int, target: memoryview) -> None:
         target = target[count:]
 
 
-def torch_content(file: BinaryIO, members: dict[str, Record], *, what: str) -> Any:
+def torch_content(file: BinaryIO, members: dict[str, Record], *, what: str, foreign: bool = False) -> Any:
     """The object that torch.save wrote: plain values, and a Stored for each tensor.
 
     Opening runs nothing of the file, and reads no tensor. Raises `CheckpointError` for classes that a file of weights
-    does not need.
+    does not need; with `foreign`, a word stands in the place of their objects instead.
     """
     if "data.pkl" not in members:
         raise CheckpointError(f"{what} is not a file of torch.save: it has no data.pkl")
     if "byteorder" in members and read_record(file, members["byteorder"], max_bytes=16) != b"little":
         raise CheckpointError(f"{what} was written on a big-endian machine, whose numbers are not read here")
     data = read_record(file, members["data.pkl"], max_bytes=_MAX_PICKLE_BYTES)
-    content = load_inert(data, _admits, what=what, persistent=_storages(members, what))
+    admits = _admits_all if foreign else _admits
+    content = load_inert(data, admits, what=what, persistent=_storages(members, what))
     return _Making(what).made(content)
 
 
@@ -206,6 +207,10 @@ def _admits(module: str, name: str) -> bool:
     is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in STORAGE_DTYPES
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN
+
+
+def _admits_all(module: str, name: str) -> bool:
+    return True  # whatever it is, it is neither looked up nor called
 
 
 def _storages(members: dict[str, Record], what: str) -> Callable[[Any], _Storage]:

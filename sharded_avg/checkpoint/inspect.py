@@ -1,0 +1,146 @@
+"""What is in a file or folder of weights, for people and for programs.
+
+describe  a path -> JSON values
+table     those -> text
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .averages import SavedAverages, saved_averages
+from .manifest import FORMAT
+from .open import StrPath, open_source
+from .source import AbstractSource, TensorInfo
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
+
+
+def describe(path: StrPath, *, tensors: bool = False) -> dict[str, Any]:
+    """What a path holds: "path", "format", "averages", "num_tensors", "num_parameters", "num_bytes", "dtypes", ...
+
+    "averages" maps names to "n_averaged", "rule" and "updates", as far as they are known, and is empty for plain
+    weights. Numbers are of one average. With `tensors`, names, shapes and dtypes come too. Nothing but the index is
+    read. Raises `CheckpointError` for what cannot be read.
+    """
+    saved = saved_averages(Path(path))
+    if saved is not None:
+        return _of_saved(path, saved, tensors)
+    return _of_source(path, open_source(path), tensors)
+
+
+def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, Any]:
+    manifest = asdict(saved.manifest)
+    infos: dict[str, TensorInfo] = {}
+    for name, record in saved.manifest.averages.items():
+        if record.n_averaged:
+            source = saved.source(name)
+            infos = {key: info for key, info in source.infos.items() if key not in saved.manifest.aliases}
+    return {
+        "path": os.fspath(path),
+        "format": FORMAT,
+        "step": manifest["step"],
+        "averages": manifest["averages"],
+        "aliases": manifest["aliases"],
+        "schedule": manifest["schedule"],
+        "provenance": manifest["provenance"],
+        "package": manifest["package"],
+        "torch": manifest["torch"],
+        **_sizes(infos, tensors),
+    }
+
+
+def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str, Any]:
+    facts = source.facts
+    average = facts.get("average")
+    record = {key: facts[key] for key in ("n_averaged", "rule", "updates") if key in facts}
+    aliases = facts.get("aliases", {})
+    return {
+        "path": os.fspath(path),
+        "format": facts.get("format"),
+        "step": facts.get("step"),
+        "averages": {} if average is None else {average: record},
+        "aliases": aliases,
+        "provenance": facts.get("provenance", {}),
+        **_sizes({name: info for name, info in source.infos.items() if name not in aliases}, tensors),
+    }
+
+
+def _sizes(infos: Mapping[str, TensorInfo], tensors: bool) -> dict[str, Any]:
+    sizes: dict[str, Any] = {
+        "num_tensors": len(infos),
+        "num_parameters": sum(info.nbytes // info.dtype.itemsize for info in infos.values()),
+        "num_bytes": sum(info.nbytes for info in infos.values()),
+        "dtypes": sorted({_name(info) for info in infos.values()}),
+    }
+    if tensors:
+        sizes["tensors"] = {name: {"shape": list(i.shape), "dtype": _name(i)} for name, i in infos.items()}
+    return sizes
+
+
+def _name(info: TensorInfo) -> str:
+    return str(info.dtype).removeprefix("torch.")
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """`describe`'s answer as lines of text."""
+    lines = [found["path"], f"  format     {found['format']}"]
+    if found.get("package"):
+        lines[-1] += f" (written by sharded_avg {found['package']} with torch {found['torch']})"
+    if found.get("step") is not None:
+        lines.append(f"  step       {found['step']}")
+    size = f"{found['num_parameters']:,} numbers, {human_bytes(found['num_bytes'])}, {', '.join(found['dtypes'])}"
+    lines.append(f"  tensors    {found['num_tensors']} ({size})" if found["num_tensors"] else "  tensors    none yet")
+    if found["aliases"]:
+        lines.append(f"  tied       {len(found['aliases'])} more names")
+    lines += _averages(found["averages"])
+    if found.get("provenance"):
+        lines.append(f"  made by    {_inline(found['provenance'])}")
+    if "tensors" in found:
+        lines.append("")
+        lines += _columns([[name, str(t["shape"]), t["dtype"]] for name, t in found["tensors"].items()])
+    return "\n".join(map(_printable, lines))
+
+
+def _averages(averages: Mapping[str, Any]) -> list[str]:
+    if not averages:
+        return ["  averages   none: these are plain weights"]
+    rows = [["average", "updates", "rule"]]
+    for name, record in averages.items():
+        rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?")])
+    return ["", *_columns(rows)]
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, Mapping):
+        kind = value.get("kind")
+        rest = ", ".join(f"{key}={_inline(entry)}" for key, entry in value.items() if key != "kind")
+        return f"{kind}({rest})" if kind is not None else f"({rest})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_inline, value))}]"
+    return str(value)
+
+
+def _printable(line: str) -> str:
+    """Names come from a file that anyone may have made: no control characters reach the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes with three digits and a decimal unit, as disks and `--max-shard-size` count."""
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
