@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import PeerError
 
 _POLL_S = 0.02
+_ALL_HERE, _GAVE_UP = b"all here", b"gave up"
 _rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls of one group alike
 
 
@@ -59,8 +60,8 @@ def agree(group: dist.ProcessGroup | None, error: BaseException | None, doing: s
 def rendezvous(group: dist.ProcessGroup | None, *, wait: bool, grace_s: float) -> bool:
     """Collective: all ranks must call. Announce that this rank is here; with `wait`, wait for the others.
 
-    False if some rank did not come within `grace_s` seconds. Uses the store, not a collective, so that a rank whose
-    peers never come is not stuck. Without `wait` it returns at once.
+    False if some rank did not come within `grace_s` seconds, also on that rank if it comes later. Uses the store, not
+    a collective, so that a rank whose peers never come is not stuck. Without `wait` it returns at once.
     """
     if size_of(group) == 1:
         return True
@@ -68,12 +69,21 @@ def rendezvous(group: dist.ProcessGroup | None, *, wait: bool, grace_s: float) -
     group_name = group.group_name if group is not None else "world"
     _rendezvous_calls[group_name] += 1
     key = f"sharded_avg/rendezvous/{group_name}/{_rendezvous_calls[group_name]}"
-    arrived = store.add(key, 1)
+    if store.add(f"{key}/arrived", 1) == size_of(group):
+        return _decide(store, key, _ALL_HERE)
     deadline = time.monotonic() + grace_s
-    while wait and arrived < size_of(group) and time.monotonic() < deadline:
+    while wait and not store.check([f"{key}/verdict"]):
+        if time.monotonic() >= deadline:
+            return _decide(store, key, _GAVE_UP)
         time.sleep(_POLL_S)
-        arrived = store.add(key, 0)
-    return arrived >= size_of(group) or not wait
+    return not store.check([f"{key}/verdict"]) or bool(store.get(f"{key}/verdict") == _ALL_HERE)
+
+
+def _decide(store: dist.Store, key: str, verdict: bytes) -> bool:
+    """Whether all ranks met: what the first rank says that has something to say."""
+    if store.add(f"{key}/claims", 1) == 1:
+        store.set(f"{key}/verdict", verdict)
+    return bool(store.get(f"{key}/verdict") == _ALL_HERE)
 
 
 def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:

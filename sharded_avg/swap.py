@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 
 from .collectives import agree, rendezvous
-from .errors import SwapError
+from .errors import PeerError, SwapError
 from .kernels import coalesce, pack, split
 from .layouts.base import AbstractLayout
 
 SCRATCH_BYTES = 64 << 20
 RENDEZVOUS_GRACE_S = 30.0
+_ATTEMPTS = 3  # at bringing one batch of raw weights back
 _CACHE_BYTES = 1 << 20  # a CPU exchanges faster through a buffer that stays in its cache
 
 
@@ -132,20 +133,19 @@ class Exchange:
             raise
 
     def leave(self) -> None:
-        """Bring the raw weights back. An interruption (Ctrl-C) is raised when all of them are back."""
-        interruption: BaseException | None = None
-        attempts = 2 * len(self._begun) + 2
+        """Bring the raw weights back. An error or interruption (Ctrl-C) is raised when all that can be back are."""
+        failure: BaseException | None = None
         while self._begun:
-            try:
-                self._begun[-1].leave()
-                self._begun.pop()
-            except BaseException as error:
-                interruption = error
-                attempts -= 1
-                if attempts <= 0 or not isinstance(error, (KeyboardInterrupt, SystemExit)):
-                    raise
-        if interruption is not None:
-            raise interruption
+            way = self._begun[-1]
+            for _ in range(_ATTEMPTS):  # a way goes on from where it was interrupted
+                try:
+                    way.leave()
+                    break
+                except BaseException as error:
+                    failure = failure or error
+            self._begun.pop()
+        if failure is not None:
+            raise failure
 
 
 def _in_place_ways(pairs: Sequence[Pair]) -> Iterator[_Way]:
@@ -225,11 +225,13 @@ def swapped_in(layout: AbstractLayout, pairs: Sequence[Pair]) -> Iterator[None]:
         error = failure
         raise
     finally:
-        layout.release()
         try:
-            exchange.leave()
+            layout.release()
         finally:
-            _republish(layout, error)
+            try:
+                exchange.leave()
+            finally:
+                _republish(layout, error)
 
 
 def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
@@ -238,7 +240,14 @@ def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
         return
     if rendezvous(layout.group, wait=error is not None, grace_s=RENDEZVOUS_GRACE_S):
         layout.publish()
-    elif error is not None and hasattr(error, "add_note"):  # Python >= 3.11
+        return
+    if error is None:
+        raise PeerError(
+            f"another rank left the swap with an error more than {RENDEZVOUS_GRACE_S:.0f} s before this one, and is "
+            "gone: the replicated weights of this rank still hold averages outside its own part. Restart from a "
+            "checkpoint; the cause is in the traceback of that rank"
+        )
+    if hasattr(error, "add_note"):  # Python >= 3.11
         error.add_note(
             f"sharded_avg: other ranks did not leave the swap within {RENDEZVOUS_GRACE_S:.0f} s, so the replicated "
             "weights of this rank still hold averages outside its own part. Restart from a checkpoint."
