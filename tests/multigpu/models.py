@@ -1,0 +1,198 @@
+"""The model that every engine gets, and slow averages of full tensors to compare with.
+
+Awkward     a small model with everything that is easy to get wrong: odd sizes, ties, a scalar, buffers of all kinds
+Formula     a rule, and the same formula written for one full tensor
+Variant     arguments of one ShardedAverage that every engine is tested with, and its Formulas
+Reference   averages of full tensors, kept without the package
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_avg import EMA, SWA, CustomRule, ShardedAverage
+from sharded_avg.rules import AbstractRule
+
+SEVERAL = "several"
+
+
+class Block(nn.Module):
+    """A residual block of sizes 5 and 7; `wide` and `narrow` are what tensor parallelism cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(5, 7)
+        self.narrow = nn.Linear(7, 5, bias=False)
+        self.scale = nn.Parameter(torch.tensor([0.9]))  # one element
+        self.register_buffer("shift", torch.full((5,), 0.125))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.narrow(torch.tanh(self.wide(x))) + self.shift
+
+
+class Low(nn.Module):
+    """A bf16 module inside a model of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 5, dtype=torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.mix(x.to(torch.bfloat16))).to(x.dtype)
+
+
+class Frozen(nn.Module):
+    """Parameters that are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(5, 5)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.mix(x))
+
+
+class Awkward(nn.Module):
+    """Everything at once: (batch, 3) -> (batch, 5). `low`: a bf16 module is inside; `scalar`: a 0-d parameter is."""
+
+    def __init__(self, *, low: bool, scalar: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.gain = nn.Parameter(torch.full(() if scalar else (1,), 1.25))
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.BatchNorm1d(5)
+        self.frozen = Frozen()
+        self.low = Low() if low else None
+        self.back = nn.Linear(5, 3)
+        self.again = nn.Linear(3, 5)
+        self.again.weight = self.first.weight  # tied
+        self.register_buffer("ramp", torch.linspace(-0.5, 0.5, 5))
+        self.register_buffer("count", torch.tensor(1 << 40))  # no float32 holds this one plus one
+        self.register_buffer("mask", torch.tensor([True, False, True]))
+        self.register_buffer("none_yet", torch.zeros(0, 3))
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x * self.mask) * self.gain + self.ramp
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x)
+        x = x + self.frozen(x)
+        if self.low is not None:
+            x = x + self.low(x)
+        return self.again(self.back(x.to(self.back.weight.dtype)))  # fp32 buffers have widened it
+
+
+def awkward(*, low: bool = True, scalar: bool = True) -> Awkward:
+    """An Awkward with the same weights on every rank and at every call."""
+    torch.manual_seed(5)
+    return Awkward(low=low, scalar=scalar)
+
+
+def batch(step: int, part: int = 0) -> Tensor:
+    """Another one for each step and each part of the data."""
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(1000 * part + step))
+
+
+def clean(name: str) -> str:
+    """The name without what wrappers add, found out here without the package."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+# --- the averages --------------------------------------------------------------------------------------------------
+
+
+def three_to_one(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return average * 0.75 + live * 0.25
+
+
+def three_to_one_(averaged: list[Tensor], live: list[Tensor], num_averaged: int) -> None:
+    torch._foreach_mul_(averaged, 0.75)
+    torch._foreach_add_(averaged, live, alpha=0.25)
+
+
+def _three_to_one_full(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return average.mul(0.75).add(live, alpha=0.25)
+
+
+def _ema(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 - 0.9)
+
+
+def _ema_with_warmup(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 - min(0.9, (1 + num_averaged) / (10 + num_averaged)))
+
+
+def _mean(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 / (num_averaged + 1))
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A rule, and what it does to one full tensor: (average, live, updates so far) -> average."""
+
+    rule: AbstractRule
+    full: Callable[[Tensor, Tensor, int], Tensor]
+
+
+FORMULAS = {
+    "ema": Formula(EMA(decay=0.9), _ema),
+    "ema_warmup": Formula(EMA(decay=0.9, warmup=True), _ema_with_warmup),
+    "swa": Formula(SWA(), _mean),
+    "avg_fn": Formula(CustomRule(avg_fn=three_to_one), three_to_one),
+    "multi_avg_fn": Formula(CustomRule(multi_avg_fn=three_to_one_), _three_to_one_full),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to build a ShardedAverage: which Formulas, by name, and the other arguments."""
+
+    formulas: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.formulas if len(self.formulas) > 1 else ("average",)
+
+    def build(self, model: nn.Module) -> ShardedAverage:
+        rules = {name: FORMULAS[name].rule for name in self.formulas}
+        return ShardedAverage(model, rules if len(rules) > 1 else rules[self.formulas[0]], **self.arguments)
+
+
+# Every rule alone, in fp32; what differs between dtypes does not differ between rules, so those go with one rule.
+VARIANTS = {
+    **{name: Variant((name,)) for name in FORMULAS},
+    SEVERAL: Variant(("ema", "swa")),
+    "own_dtype": Variant(("ema",), {"dtype": None}),
+    "float64": Variant(("ema",), {"dtype": torch.float64}),
+}
+
+
+class Reference:
+    """What one Variant should come to. `own`: the dtype of a parameter, where `full` has its fp32 master."""
+
+    def __init__(self, variant: Variant, own: torch.dtype | None) -> None:
+        self._variant, self._own = variant, own
+        self._dtype = variant.arguments.get("dtype", torch.float32)
+        self._num_averaged = 0
+        self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in variant.names}
+
+    def update(self, full: Mapping[str, Tensor]) -> None:
+        """Take in the full tensors of every trained parameter."""
+        for name, formula in zip(self._variant.names, self._variant.formulas, strict=True):
+            for key, tensor in full.items():
+                self._update(self.averages[name], key, tensor, FORMULAS[formula])
+        self._num_averaged += 1
+
+    def _update(self, averages: dict[str, Tensor], key: str, tensor: Tensor, formula: Formula) -> None:
+        live = tensor.detach().to(self._dtype or self._own or tensor.dtype, copy=True)
+        averages[key] = formula.full(averages[key], live, self._num_averaged) if self._num_averaged else live
