@@ -74,6 +74,7 @@ def settings(name: str, **more: Any) -> Config:
     stage, dtype, grad_dtype, extra = CONFIGS[name]
     config = {
         "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,  # 1.0 by default
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": KEPT_ELEMENTS, **extra},
