@@ -89,13 +89,17 @@ class Found:
         return self.importer.average(self.content, names)
 
 
-def find_importer(path: str | os.PathLike[str], format: str | None = None) -> Found | None:
+def find_importer(
+    path: str | os.PathLike[str], format: str | None = None, *, ignore_classes: bool = False
+) -> Found | None:
     """The importer of the checkpoint at `path`, or `None` if it is in no format that is known.
 
-    `format` forces one. Raises `CheckpointError` if the file cannot be opened, or holds averages of several formats.
+    `format` forces one. `ignore_classes` leaves out objects that are neither tensors nor plain values, such as a
+    trainer's arguments; without it, a file with such objects is refused. Nothing in the file is run either way.
+    Raises `CheckpointError` if the file cannot be opened, or holds averages of several formats.
     """
     chosen = IMPORTERS if format is None else [_named(format)]
-    content = open_content(path)
+    content = open_content(path, ignore_classes=ignore_classes)
     if content is None:
         return None
     if format is not None:

@@ -11,7 +11,6 @@ DiffusersImporter a pretrained folder whose config.json has the settings of an E
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from ..files import SafetensorsFiles
 from ..source import AbstractSource
@@ -99,17 +98,22 @@ class FairseqImporter(AbstractImporter):
 
 
 class EmaFileImporter(AbstractImporter):
-    """Weights whose file or folder is called an average: `ema.safetensors`, `<model>_ema.safetensors`, `<model>_ema/`.
+    """Weights in a file called an average, `ema.safetensors` or `x_ema.safetensors`, or in a folder `x_ema` beside `x`.
 
-    Only safetensors: an `ema.pt` of some trainers is one rank's shard, which looks like a whole average.
+    A folder's name alone is no witness: a run called `x_ema` may hold raw weights. Only safetensors: an `ema.pt` of
+    some trainers is one rank's shard, which looks like a whole average.
     """
 
     format = "ema_file"
     about = "Open-Sora, BAGEL, FastVideo, Open-Sora-Plan and others: ema.safetensors, *_ema.safetensors, *_ema/"
 
     def claims(self, content: Content) -> bool:
-        is_called_so = _is_called_average(content.path) or _is_called_average(content.path.parent, folder=True)
-        return is_called_so and isinstance(content.source, SafetensorsFiles) and not _has_ema_settings(content)
+        if not isinstance(content.source, SafetensorsFiles) or _has_ema_settings(content):
+            return False
+        if not content.path.is_dir():
+            return re.fullmatch(r"(.+_)?ema(_model)?(_\d+)?", content.path.name.partition(".")[0]) is not None
+        folder = content.path.resolve()
+        return folder.name.endswith("_ema") and folder.with_name(folder.name.removesuffix("_ema")).is_dir()
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         if not isinstance(content.source, SafetensorsFiles):
@@ -117,11 +121,6 @@ class EmaFileImporter(AbstractImporter):
                 "only a .safetensors file is read as a whole average: a .pt file may be one rank's shard"
             )
         return self.found(content, {name: name for name in content.source.infos})
-
-
-def _is_called_average(path: Path, *, folder: bool = False) -> bool:
-    name = path.name if folder or path.is_dir() else path.name.partition(".")[0]
-    return re.fullmatch(r"(.+_)?ema(_model)?(_\d+)?", name) is not None
 
 
 class DiffusersImporter(AbstractImporter):

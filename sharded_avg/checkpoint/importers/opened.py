@@ -19,10 +19,11 @@ _EMA_FILE = "ema.safetensors"
 _CONFIG_FILE = "config.json"
 
 
-def open_content(path: str | os.PathLike[str]) -> Content | None:
+def open_content(path: str | os.PathLike[str], *, ignore_classes: bool = False) -> Content | None:
     """The checkpoint at `path`; `None` for a folder without one, and for an average of this package.
 
-    Raises `CheckpointError` for a file that cannot be opened, is damaged, or needs foreign classes.
+    Raises `CheckpointError` for a file that cannot be opened, is damaged, or holds objects of other classes than
+    tensors and plain values; with `ignore_classes`, those objects are left out, and no code of theirs runs either way.
     """
     place = Path(path)
     if not place.exists():
@@ -31,9 +32,31 @@ def open_content(path: str | os.PathLike[str]) -> Content | None:
         return _folder(place)
     if place.suffix == ".safetensors" or place.name.endswith(INDEX_SUFFIX):
         return Content(place, SafetensorsFiles(place))
-    file = TorchFile(place)
+    file = _torch_file(place, ignore_classes)
     _refuse_ambiguous_names(file, place)
     return Content(place, file, tree=file.content)
+
+
+def _torch_file(path: Path, ignore_classes: bool) -> TorchFile:
+    try:
+        return TorchFile(path, foreign=ignore_classes)
+    except CheckpointError as error:
+        if ignore_classes:
+            raise
+        _raise_with_way_out(path, error)
+        raise
+
+
+def _raise_with_way_out(path: Path, error: CheckpointError) -> None:
+    """If all that is wrong with a file is the classes in it, say that they can be left out."""
+    try:
+        TorchFile(path, foreign=True)
+    except CheckpointError:
+        return
+    raise CheckpointError(
+        f"{error}. Or leave such objects out, with --ignore-classes (ignore_classes=True): tensors and plain values "
+        "are read, and still nothing in the file is run"
+    ) from error
 
 
 def _folder(folder: Path) -> Content | None:
