@@ -8,7 +8,6 @@ applied to full tensors. P63, P64, P74, P75, P78, P81, P92, P93.
 from __future__ import annotations
 
 import datetime
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -90,6 +89,7 @@ def load_all(row: str, folders: list[Path]) -> None:
         expected: Full = torch.load(folder / "full.pt")
         assert_same(averaged(average, engine), expected, folder.name)
         assert average.n_averaged == NUM_STEPS
+        engine.learn_steps(NUM_STEPS, NUM_STEPS + 1)  # DeepSpeed reports a step that never was as skipped
         assert average.update()
         live = engine.full()
         for name, formula in zip(VARIANT.names, VARIANT.formulas, strict=True):
@@ -118,28 +118,21 @@ def on_its_ranks(row: str, world_size: int, body, **arguments: object) -> None:
         run_on_ranks(world_size, body, kind=ALL_ROWS[row].kind, row=row, **arguments)
 
 
-@cache
-def root(factory: pytest.TempPathFactory) -> Path:
-    return factory.mktemp("saved")
-
-
-def saved(factory: pytest.TempPathFactory, row: str, world_size: int) -> Path:
-    """The folder of one saver, made when it is first asked for."""
-    folder = root(factory) / f"{row}-{world_size}"
-    if not folder.exists():
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """What every saver saved."""
+    root, made = tmp_path_factory.mktemp("saved"), []
+    for row, world_size in SAVERS:
+        folder = root / f"{row}-{world_size}"
         folder.mkdir()
         on_its_ranks(row, world_size, save, folder=folder)
-    return folder
+        made.append(folder)
+    return made
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("row", "world_size"), SAVERS)
-def test_every_saved_average_loads(row, world_size, tmp_path_factory):
-    folders = []
-    for saver in SAVERS:
-        if ALL_ROWS[saver[0]].kind == "deepspeed":
-            pytest.importorskip("deepspeed")
-        folders.append(saved(tmp_path_factory, *saver))
+def test_every_saved_average_loads(row, world_size, folders):
     on_its_ranks(row, world_size, load_all, folders=folders)
 
 
