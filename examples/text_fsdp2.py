@@ -33,6 +33,8 @@ from torch.distributed.fsdp import fully_shard
 
 from sharded_avg import EMA, ShardedAverage
 
+# Chosen for the raw weights: 5e-4, 2e-3 and 3e-3 leave them worse. Seeds 0, 1, 2 ended at raw 1.719, 1.674, 1.715 and
+# averaged 1.642, 1.600, 1.622 nats per byte (two ranks, 1000 steps).
 LEARNING_RATE = 1e-3  # constant: with a decaying one there would be less noise to average out
 BATCH_SIZE = 8  # windows on each rank
 VALIDATION_BATCH_SIZE = 32

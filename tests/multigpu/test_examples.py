@@ -78,6 +78,7 @@ def test_engine_trains_and_a_fresh_process_reproduces_its_average(engine: str, r
     job = run_example(out, "--engine", engine, "--steps", str(STEPS), ranks=ranks, kind=kind)
     assert job.code == 0, job.output
     assert "\nreproduced, " in job.output
+    assert "average holds the same bits" in job.output
     result = json.loads((out / "result.json").read_text())
     assert (result["raw"], result["averaged"]) == pytest.approx(trained_alone(ranks), abs=1e-5)
     total = parameter_bytes(torch.load(out / "averaged.pt", weights_only=True))
