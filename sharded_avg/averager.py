@@ -79,6 +79,7 @@ class ShardedAverage:
         self._members = Members(model, include, average_buffers=buffers == "average")
         self._histories = dict.fromkeys(self._rules, History())
         self._step = 0
+        self._arranged_for: list[Shard] | None = None  # what the members were when the store was arranged
         self._carrier: dist.ProcessGroup | None = None
         self._swapped: str | None = None
 
@@ -125,12 +126,12 @@ class ShardedAverage:
 
     def _arrange(self, *, admit: bool = False) -> None:
         """Point the store at the live shards, wherever they are now."""
-        before = self._members.all
         self._members.refresh()
         if admit:
             self._members.admit()
-        if self._members.all is not before or not self._store.arranged:
+        if self._arranged_for is not self._members.all:
             self._store.arrange(self._members.averaged)
+            self._arranged_for = self._members.all
 
     # -- evaluating ------------------------------------------------------------------------------------------------
 
@@ -147,13 +148,17 @@ class ShardedAverage:
         if not self._histories[name].n_averaged:
             yield False
             return
-        self._arrange()
-        with swapped_in(self._members.layout, [self._pair(name, shard) for shard in self._members.averaged]):
+        with swapped_in(self._members.layout, partial(self._pairs, name)):
             self._swapped = name
             try:
                 yield True
             finally:
                 self._swapped = None
+
+    def _pairs(self, name: str) -> list[Pair]:
+        """What the averaged shards exchange, wherever their live tensors are now; always in one order."""
+        self._arrange()
+        return [self._pair(name, shard) for shard in self._members.averaged]
 
     def _pair(self, name: str, shard: Shard) -> Pair:
         master = None if shard.working is None else shard.tensor
@@ -256,6 +261,7 @@ class ShardedAverage:
         if Manifest.from_json(state[MANIFEST_KEY]) != manifest:
             raise CheckpointError(f"{folder!r} is torn: its manifest is of another save. Nothing was changed")
         self._store = fresh
+        self._arranged_for = self._members.all if fresh.arranged else None
         self._take_over(manifest)
         return result
 
@@ -309,8 +315,7 @@ class ShardedAverage:
         return ShardItem(shard.shape, shard.region, self._store.dtype_of(shard), local, Destination(destination))
 
     def _arranged_view(self, name: str, shard: Shard) -> Tensor:
-        if not self._store.arranged:
-            self._store.arrange(self._members.averaged)
+        self._arrange()
         return self._average_of(name, shard)
 
     @torch.no_grad()

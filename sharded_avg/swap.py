@@ -16,7 +16,7 @@ mark, so whatever follows from a mark is right whether or not the next copy has 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,6 +49,9 @@ class Pair:
         return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
 
 
+_SWAPPED = 3  # a mark of _InPlace
+
+
 class _Way(ABC):
     @abstractmethod
     def enter(self) -> None:
@@ -62,9 +65,9 @@ class _Way(ABC):
 class _InPlace(_Way):
     """Marks: 0 raw | 1 scratch has raw | 2 live has average | 3 swapped | 4 scratch has average | 5 live is raw."""
 
-    def __init__(self, live: list[Tensor], average: list[Tensor], scratch: list[Tensor]) -> None:
+    def __init__(self, live: list[Tensor], average: list[Tensor], scratch: list[Tensor], mark: int) -> None:
         self._live, self._average, self._scratch = live, average, scratch
-        self._mark = 0
+        self._mark = mark
 
     def _copy(self, to: list[Tensor], source: list[Tensor], then: int) -> None:
         torch._foreach_copy_(to, source)
@@ -73,10 +76,10 @@ class _InPlace(_Way):
     def enter(self) -> None:
         self._copy(self._scratch, self._live, then=1)
         self._copy(self._live, self._average, then=2)
-        self._copy(self._average, self._scratch, then=3)
+        self._copy(self._average, self._scratch, then=_SWAPPED)
 
     def leave(self) -> None:
-        if self._mark == 3:
+        if self._mark == _SWAPPED:
             self._copy(self._scratch, self._live, then=4)
         if self._mark == 4:  # the arena has the raw weights, and keeps them until mark 5
             self._copy(self._live, self._average, then=5)
@@ -101,36 +104,51 @@ class _Rewrite(_Way):
 
 
 class _Stash(_Way):
-    def __init__(self, target: Tensor, average: Tensor) -> None:
-        self._target, self._average = target, average
-        self._raw: Tensor | None = None
+    def __init__(self, target: Tensor, average: Tensor, raw: Tensor | None = None) -> None:
+        self._target, self._average, self.raw = target, average, raw
 
     def enter(self) -> None:
-        self._raw = self._target.to("cpu", copy=True)
+        self.raw = self._target.to("cpu", copy=True)
         self._target.copy_(self._average)
 
     def leave(self) -> None:
-        if self._raw is not None:
-            self._target.copy_(self._raw)
-            self._raw = None
+        if self.raw is not None:
+            self._target.copy_(self.raw)
+            self.raw = None
 
 
 class Exchange:
     """The local part of one swap: `enter` and `leave` touch this rank's memory only."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
-        self._ways = [*_in_place_ways(pairs), *_other_ways(pairs)]
+        held = [index for index, pair in enumerate(pairs) if pair.target.numel()]
+        self._in_place = [index for index in held if pairs[index].in_place]
+        self._rewritten = _cast_from_masters(pairs, held)
+        self._stashed = [index for index in held if index not in {*self._in_place, *self._rewritten}]
+        self._stashes = [_Stash(pairs[index].target, pairs[index].average) for index in self._stashed]
+        self._exchanges = list(_in_place_ways([pairs[index] for index in self._in_place]))
+        self._rewrites = list(_rewrite_ways([pairs[index] for index in self._rewritten]))
         self._begun: list[_Way] = []
 
     def enter(self) -> None:
         """Bring the average in; if that fails, everything is as before and the error goes on."""
         try:
-            for way in self._ways:
+            for way in (*self._exchanges, *self._rewrites, *self._stashes):
                 self._begun.append(way)
                 way.enter()
         except BaseException:
             self.leave()
             raise
+
+    def move_to(self, pairs: Sequence[Pair]) -> None:
+        """Between `enter` and `leave`: the engine has moved the live tensors, with the averages in them, elsewhere."""
+        self._exchanges = list(_in_place_ways([pairs[index] for index in self._in_place], mark=_SWAPPED))
+        self._rewrites = list(_rewrite_ways([pairs[index] for index in self._rewritten]))
+        self._stashes = [
+            _Stash(pairs[index].target, pairs[index].average, stash.raw)
+            for index, stash in zip(self._stashed, self._stashes, strict=True)
+        ]
+        self._begun = [*self._exchanges, *self._rewrites, *self._stashes]
 
     def leave(self) -> None:
         """Bring the raw weights back. An error or interruption (Ctrl-C) is raised when all that can be back are."""
@@ -148,20 +166,32 @@ class Exchange:
             raise failure
 
 
-def _in_place_ways(pairs: Sequence[Pair]) -> Iterator[_Way]:
+def _in_place_ways(pairs: Sequence[Pair], mark: int = 0) -> Iterator[_InPlace]:
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
     for pair in pairs:
-        if pair.in_place:
-            groups.setdefault((pair.target.device, pair.target.dtype), []).append((pair.target, pair.average))
+        groups.setdefault((pair.target.device, pair.target.dtype), []).append((pair.target, pair.average))
     for (device, dtype), rows in groups.items():
-        limit = (_CACHE_BYTES if device.type == "cpu" else SCRATCH_BYTES) // dtype.itemsize
-        batches = list(pack(coalesce(rows), limit))
+        limit_bytes = _CACHE_BYTES if device.type == "cpu" else SCRATCH_BYTES // len(groups)
+        batches = list(pack(coalesce(rows), limit_bytes // dtype.itemsize))
         # Allocated before anything is touched, kept until the raw weights are back: leaving cannot run out of memory.
         numel = max((sum(row[0].numel() for row in batch) for batch in batches), default=0)
         buffer = torch.empty(numel, dtype=dtype, device=device)
         for batch in batches:
             live = [row[0] for row in batch]
-            yield _InPlace(live, [row[1] for row in batch], _carve(buffer, live))
+            yield _InPlace(live, [row[1] for row in batch], _carve(buffer, live), mark)
+
+
+def _rewrite_ways(pairs: Sequence[Pair]) -> Iterator[_Rewrite]:
+    for target, average, master in coalesce([(p.target, p.average, p.master) for p in pairs if p.master is not None]):
+        yield _Rewrite(target, average, master)
+
+
+def _cast_from_masters(pairs: Sequence[Pair], held: Sequence[int]) -> list[int]:
+    """The pairs whose target is its master in a lower dtype, bit for bit, so that it can be restored from it."""
+    rows = {i: (pairs[i].target, master) for i in held if (master := pairs[i].master) is not None}
+    if all(_is_cast(target, master) for target, master in coalesce(list(rows.values()))):  # a few large comparisons
+        return list(rows)
+    return [i for i, (target, master) in rows.items() if _is_cast(target, master)]
 
 
 def _carve(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -172,30 +202,18 @@ def _carve(buffer: Tensor, like: list[Tensor]) -> list[Tensor]:
     return pieces
 
 
-def _other_ways(pairs: Sequence[Pair]) -> Iterator[_Way]:
-    with_master = [(p.target, p.average, p.master) for p in pairs if p.master is not None]
-    for target, average, master in coalesce(with_master):
-        if _is_cast(target, master):
-            yield _Rewrite(target, average, master)
-        else:
-            yield _Stash(target, average)
-    for pair in pairs:
-        if pair.master is None and not pair.in_place and pair.target.numel():
-            yield _Stash(pair.target, pair.average)
-
-
 def _is_cast(target: Tensor, master: Tensor) -> bool:
     """Whether `target` is `master` in its own dtype, so that it can be restored from it."""
     pieces = split((target, master), SCRATCH_BYTES // master.element_size())
     return all(torch.equal(low, high.to(low.dtype).to(low.device)) for low, high in pieces)
 
 
-def _entered(layout: AbstractLayout, pairs: Sequence[Pair]) -> Exchange:
+def _entered(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> Exchange:
     """Collective: all ranks must call. Exchange locally on every rank, or on none."""
     exchange, error = None, None
     try:
         layout.release()
-        exchange = Exchange(pairs)
+        exchange = Exchange(pairs())
         exchange.enter()
     except BaseException as failure:
         error = failure
@@ -211,8 +229,10 @@ def _entered(layout: AbstractLayout, pairs: Sequence[Pair]) -> Exchange:
 
 
 @contextmanager
-def swapped_in(layout: AbstractLayout, pairs: Sequence[Pair]) -> Iterator[None]:
+def swapped_in(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> Iterator[None]:
     """Collective: all ranks must call. The model computes with averages inside, and with the raw weights after.
+
+    `pairs()` reads the live tensors anew, always in one order: an engine may move them in its first forward.
 
     If bringing the averages in fails on any rank, all ranks are restored and raise.
     """
@@ -229,9 +249,17 @@ def swapped_in(layout: AbstractLayout, pairs: Sequence[Pair]) -> Iterator[None]:
             layout.release()
         finally:
             try:
-                exchange.leave()
+                _left(layout, exchange, pairs)
             finally:
                 _republish(layout, error)
+
+
+def _left(layout: AbstractLayout, exchange: Exchange, pairs: Callable[[], Sequence[Pair]]) -> None:
+    try:
+        if not layout.is_current():
+            exchange.move_to(pairs())
+    finally:
+        exchange.leave()
 
 
 def _republish(layout: AbstractLayout, error: BaseException | None) -> None:

@@ -300,3 +300,47 @@ def test_import_needs_no_engine():
 def test_public_names():
     assert sharded_avg.__all__ == sorted(sharded_avg.__all__)
     assert all(hasattr(sharded_avg, name) for name in sharded_avg.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_live_tensors_moved_inside_a_swap(dtype):
+    """An engine may move its shards in its first forward: the raw weights come back to where they are then."""
+    model = awkward().to(dtype)
+    average = ShardedAverage(model, EMA(decay=0.9), buffers="average")
+    average.update()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update()
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with average.summon_full_params() as full:
+        pass
+    with average.swapped():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in model.state_dict().items())
+    with average.summon_full_params() as again:
+        assert all(torch.equal(again[name], full[name]) for name in full)
+
+
+def look_at_state(average: ShardedAverage) -> None:
+    average.state_dict()
+
+
+def look_in_a_swap(average: ShardedAverage) -> None:
+    with average.swapped():
+        pass
+
+
+@pytest.mark.parametrize("look", [look_at_state, look_in_a_swap])
+def test_live_tensors_moved_between_updates(look):
+    """Whoever notices first that a parameter has moved, the next update reads it where it is."""
+    model = nn.Linear(3, 5)
+    average = ShardedAverage(model, SWA())
+    average.update()
+    first = model.weight.detach().clone()
+    model.weight.data = torch.full((5, 3), 2.0)
+    look(average)
+    average.update()
+    with average.summon_full_params() as full:
+        assert torch.equal(full["weight"], first.lerp(torch.full((5, 3), 2.0), 0.5))
