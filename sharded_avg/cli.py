@@ -1,4 +1,4 @@
-"""The command line: `sharded-avg inspect | consolidate | merge`, also as `python -m sharded_avg`.
+"""The command line: `sharded-avg inspect | consolidate | merge | convert`, also as `python -m sharded_avg`.
 
 Exit codes, for scripts:
 
@@ -27,6 +27,7 @@ from typing import Any, TextIO
 import torch
 
 from .checkpoint.consolidate import Target, consolidate, guess_format, merge
+from .checkpoint.convert import add_convert
 from .checkpoint.inspect import describe, human_bytes, table
 from .checkpoint.merge import WSM_SHAPES, given, uniform, window, wsm
 from .errors import CheckpointError, ConfigError, NotStartedError, ShardedAvgError
@@ -119,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_consolidate(commands)
     _add_merge(commands)
+    add_convert(commands)
     return parser
 
 

@@ -5,7 +5,7 @@
                     or in a folder below
 
 A source made here has the averaged tensors under the model's own names, tied names too. Where the folder also holds
-the model that was averaged, its frozen parameters and buffers come along.
+the model that was averaged, or a part of it, frozen parameters and buffers come along.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from ..errors import CheckpointError, NotStartedError
 from .files import load_json
-from .manifest import FORMAT, Manifest
+from .manifest import BESIDE_KEY, FORMAT, Manifest
 from .place import MANIFEST_FILE, place_of
 from .reader import INDEX_FILE, DcpFolder
 from .source import AbstractSource, Renamed
@@ -52,8 +52,8 @@ class SavedAverages:
         self._check(name)
         names = {tensor: self._key(name, tensor) for tensor in self.manifest.tensors}
         names |= {alias: names[tensor] for alias, tensor in self.manifest.aliases.items()}
-        beside = self._model_beside()
-        rest = {key.removeprefix(beside): key for key in self.folder.infos if beside and key.startswith(beside)}
+        beside = self._model_beside() or f"{self.prefix}{BESIDE_KEY}."
+        rest = {key.removeprefix(beside): key for key in self.folder.infos if key.startswith(beside)}
         return Renamed(self.folder, {**rest, **names}, self.facts(name))
 
     def facts(self, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ..history import History
 
 FORMAT = "sharded_avg"
 VERSION = 1
+BESIDE_KEY = "beside"  # in a folder: tensors of the full state that are not averaged, where a conversion had some
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import shutil
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,12 @@ from ..errors import ConfigError
 from ..shard import Box
 from .files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
 from .folder import save_folder
-from .manifest import Manifest
+from .manifest import BESIDE_KEY, Manifest
 from .place import MANIFEST_FILE, place_of
 from .source import AbstractSource, TensorInfo
 from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
 
-SLAB_BYTES = 32 << 20
+SLAB_BYTES = 16 << 20
 _ALIGNMENT = 64
 _DTYPE_CODES = {getattr(torch, name): code for code, name in DTYPE_NAMES.items()}
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
@@ -178,13 +178,22 @@ def _groups(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
     return groups
 
 
-def write_torch(source: AbstractSource, path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a flat state dict in torch.save's format; tied names (`facts["aliases"]`) share one storage."""
+def write_torch(
+    source: AbstractSource,
+    path: Path,
+    facts: Mapping[str, Any],
+    *,
+    arrange: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Write a flat state dict in torch.save's format; tied names (`facts["aliases"]`) share one storage.
+
+    `arrange` may put what stands for the tensors into nested dicts, with plain values beside them.
+    """
     aliases = facts.get("aliases", {})
     keys = {name: str(key) for key, name in enumerate(name for name in source.infos if name not in aliases)}
     keys |= {alias: keys[name] for alias, name in aliases.items()}
     with appearing(path) as incoming, zipfile.ZipFile(incoming, "w") as archive:
-        _member(archive, "data.pkl", _pickled(source.infos, keys))
+        _member(archive, "data.pkl", _pickled(source.infos, keys, arrange))
         _member(archive, "byteorder", b"little")
         _member(archive, METADATA_KEY, json.dumps(dict(facts)).encode())
         for name in source.infos:
@@ -244,13 +253,15 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v3, (*args, dtype)
 
 
-def _pickled(infos: Mapping[str, TensorInfo], keys: Mapping[str, str]) -> bytes:
+def _pickled(
+    infos: Mapping[str, TensorInfo], keys: Mapping[str, str], arrange: Callable[[dict[str, Any]], dict[str, Any]]
+) -> bytes:
     tensors = {
         name: _TensorAt(_StorageId(keys[name], info.dtype, Box.whole(info.shape).numel), info.shape)
         for name, info in infos.items()
     }
     stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(OrderedDict(tensors))
+    _Pickler(stream, protocol=2).dump(OrderedDict(arrange(tensors)))
     return stream.getvalue()
 
 
@@ -296,11 +307,17 @@ class SourceItem(Tensor):
 
 
 def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None:
-    """Write the one average of `manifest` as ShardedAverage.save does."""
+    """Write the one average of `manifest` as ShardedAverage.save does.
+
+    Tensors of `source` that `manifest` does not list (buffers, frozen parameters) are written beside the average: they
+    belong to its full state, and ShardedAverage.load has no use for them.
+    """
     (average,) = manifest.averages
+    beside = [name for name in source.infos if name not in manifest.tensors and name not in manifest.aliases]
     state = {
         "manifest": manifest.to_json(),
         average: {name: SourceItem(source, name) for name in manifest.tensors},
+        **({BESIDE_KEY: {name: SourceItem(source, name) for name in beside}} if beside else {}),
     }
     try:
         save_folder(path, state, manifest, None)

@@ -26,7 +26,7 @@ from .lightning_family import LightningImporter, LightningSwaImporter, LitEmaImp
 from .opened import open_content
 from .torch_family import AveragedModelImporter, EmaPytorchImporter, ShadowImporter
 
-__all__ = ["IMPORTERS", "Found", "Names", "find_importer"]
+__all__ = ["IMPORTERS", "Content", "Found", "Names", "find_importer", "open_content"]
 
 IMPORTERS: tuple[AbstractImporter, ...] = (
     AveragedModelImporter(),

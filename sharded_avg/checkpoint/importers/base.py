@@ -72,6 +72,7 @@ class AbstractImporter(ABC):
 
     format: str  # what --from takes
     about: str  # what writes it, and where the average is
+    numbered = False  # whether tensors may lack names, so that `average` needs them
 
     @abstractmethod
     def claims(self, content: Content) -> bool:

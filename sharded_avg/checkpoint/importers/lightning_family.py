@@ -67,6 +67,7 @@ class NemoImporter(AbstractImporter):
 
     format = "nemo"
     about = "NeMo's EMA callback: state_dict of the -EMA.ckpt file"
+    numbered = True
 
     def claims(self, content: Content) -> bool:
         return is_state(content.at("state_dict")) and bool(list(_ema_optimizers(content)))

@@ -102,6 +102,8 @@ def _step(content: Content, keys: tuple[str, ...]) -> int | None:
 class ShadowImporter(AbstractImporter):
     """A list `shadow_params` in parameter order. A list `collected_params` is raw: it was set aside by a swap."""
 
+    numbered = True
+
     def __init__(self, format: str, about: str, counter: str) -> None:
         self.format = format
         self.about = about
