@@ -111,8 +111,10 @@ class DcpFolder(AbstractSource):
             info = TensorInfo(_sizes(entry.get("size")), _dtype(entry.get("properties")))
             boxes = list(_boxes(entry.get("chunks")))
             _require(_cover(boxes, info.shape), f"pieces of {name!r} that do not fill {info.shape} exactly once")
-            self._infos[name] = info
-            self._chunks[name] = [_Chunk(box, _place_of(places, name, box.offsets)) for box in boxes]
+            chunks = [_Chunk(box, _place_of(places, name, box.offsets)) for box in boxes]
+            fit = all(chunk.box.numel * info.dtype.itemsize <= chunk.place.length for chunk in chunks)
+            _require(fit, f"a piece of {name!r} that is larger than its place")  # before memory is asked for
+            self._infos[name], self._chunks[name] = info, chunks
         elif isinstance(name, str):
             self._objects[name] = _place_of(places, name, None)
 

@@ -30,7 +30,7 @@ from .pickles import ClassName, Inert, load_inert
 PIECE_BYTES = 32 << 20
 _MAX_ELEMENTS = 2**62
 _MAX_PICKLE_BYTES = 1 << 30
-_MAX_VALUES, _MAX_DEPTH = 20_000_000, 100
+_MAX_DEPTH = 100
 _REBUILD = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
 _PARAMETER = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
@@ -193,7 +193,7 @@ def torch_content(file: BinaryIO, members: dict[str, Record], *, what: str, fore
     data = read_record(file, members["data.pkl"], max_bytes=_MAX_PICKLE_BYTES)
     admits = _admits_all if foreign else _admits
     content = load_inert(data, admits, what=what, persistent=_storages(members, what))
-    return _Making(what).made(content)
+    return _Making(what, max_values=100_000 + 4 * len(data)).made(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +226,14 @@ def _storages(members: dict[str, Record], what: str) -> Callable[[Any], _Storage
 
 
 class _Making:
-    """Puts tensors in place of their descriptions. A small pickle can describe an endless value: that is refused."""
+    """Puts tensors in place of their descriptions.
 
-    def __init__(self, what: str) -> None:
+    A small pickle can describe an endless value, by naming one list twice in another, and so on: that is refused.
+    """
+
+    def __init__(self, what: str, max_values: int) -> None:
         self._what = what
-        self._left = _MAX_VALUES
+        self._left = max_values
 
     def made(self, value: Any, depth: int = 0) -> Any:
         self._left -= 1
