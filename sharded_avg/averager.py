@@ -186,6 +186,7 @@ class ShardedAverage:
             for live in (shard.tensor, shard.target):
                 live.copy_(self._store.view(name, shard.name))
         self._members.layout.publish()
+        self._members.layout.publish_masters()
 
     @contextmanager
     def summon_full_params(

@@ -72,6 +72,9 @@ class AbstractLayout(ABC):
     def publish(self) -> None:
         """Collective: all ranks must call. Spread what ranks wrote into their `Shard.target` to every replica."""
 
+    def publish_masters(self) -> None:
+        """Collective: all ranks must call. Spread what ranks wrote into masters, where several ranks keep the same."""
+
     @property
     def publishes(self) -> bool:
         """Whether `publish` communicates."""

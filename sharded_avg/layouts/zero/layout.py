@@ -105,6 +105,10 @@ class ZeroLayout(AbstractLayout):
         """Collective: all ranks must call. Low-precision weights of every owner to every rank."""
         self._weights.publish()
 
+    def publish_masters(self) -> None:
+        """Collective: all ranks must call. Stage 0 keeps whole masters on every rank, which averages them in parts."""
+        self._weights.publish_masters()
+
     @property
     def publishes(self) -> bool:
         """Whether `publish` must be called: always in stage 3, elsewhere with more than one rank."""

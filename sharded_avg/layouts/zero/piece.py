@@ -46,3 +46,6 @@ class AbstractWeights(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Collective. Make what forward reads, on every rank, equal to what the owners wrote."""
+
+    def publish_masters(self) -> None:  # noqa: B027 masters are rarely replicated
+        """Collective. The same for masters that every rank has whole."""

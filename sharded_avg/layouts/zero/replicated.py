@@ -54,6 +54,13 @@ class Replicated(AbstractWeights):
                 for run in self._runs():
                     run.spread(self._group)
 
+    def publish_masters(self) -> None:
+        if self._world_size > 1:
+            with torch.no_grad():
+                for run in self._runs():
+                    if run.has_whole_masters:
+                        run.of_masters().spread(self._group)
+
     def _runs(self) -> list[Run]:
         optimizer = self._engine.optimizer
         if (known := kind(optimizer)) in FLAT_ATTRIBUTES:

@@ -36,6 +36,15 @@ class Run:
     masters: list[Span]  # at least this rank's stretch; `live` itself where there are no masters
     stretch: int
 
+    @property
+    def has_whole_masters(self) -> bool:
+        """Whether every rank has the masters of the whole Run, apart from `live`."""
+        return self.masters is not self.live and _numel(self.masters) == _numel(self.live)
+
+    def of_masters(self) -> Run:
+        """The same Run with whole masters in place of the live weights."""
+        return Run(self.params, self.masters, self.masters, self.stretch)
+
     def pieces(self, rank: int) -> Iterator[Piece]:
         """This rank's Piece of every parameter, in memory order."""
         for param, begin in self.params:
@@ -78,3 +87,7 @@ def _view(spans: list[Span], start: int, stop: int) -> Tensor:
         return spans[0].tensor[:0]
     span = spans[bisect_right(spans, start, key=lambda span: span.start) - 1]
     return span.tensor[start - span.start : stop - span.start]
+
+
+def _numel(spans: list[Span]) -> int:
+    return sum(span.tensor.numel() for span in spans)
