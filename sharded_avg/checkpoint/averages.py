@@ -61,9 +61,7 @@ class SavedAverages:
         whole = asdict(self.manifest)
         own = whole.pop("averages")[name]
         tensors = whole.pop("tensors")
-        dtypes = sorted({record["dtype"] for record in tensors.values()})
-        aliases = dict(self.manifest.aliases)
-        return {**whole, **own, "format": FORMAT, "average": name, "dtype": ",".join(dtypes), "aliases": aliases}
+        return {**whole, **own, "format": FORMAT, "average": name, "averaged": list(tensors)}
 
     def _resolve(self, name: str | None) -> str:
         names = list(self.manifest.averages)

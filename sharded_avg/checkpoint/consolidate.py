@@ -71,12 +71,12 @@ class Target:
         """Write all of `source`; the path appears, or changes, only when everything is written."""
         watched = source if report is None else Watched(source, _counting(report, _total_bytes(source)))
         if self.format == "torch":
-            write_torch(watched, self.path, facts)
+            write_torch(watched, self.path, exported_facts(facts))
         elif self.format == "folder":
             write_folder(watched, self.path, manifest_of(source, facts))
         else:
             limit = self.max_file_bytes if self._one_file or self.max_file_bytes is not None else 1 << 62
-            write_safetensors(watched, self.path, facts, max_file_bytes=limit)
+            write_safetensors(watched, self.path, exported_facts(facts), max_file_bytes=limit)
 
 
 def guess_format(path: Path, folder: str) -> str:
@@ -101,7 +101,7 @@ def consolidate(
     """
     target.refuse_sources([src])
     source = Cast(open_source(src, name), dtype)
-    target.write(source, exported_facts(source.facts), report)
+    target.write(source, source.facts, report)
     return source
 
 
@@ -124,7 +124,7 @@ def merge(
     opened = [open_source(source, name) for source in sources]
     merged = Cast(Merged(opened, weights, accumulate=accumulate), dtype)
     facts = _facts_of_merge(opened, [os.fspath(source) for source in sources], weights, method, accumulate)
-    target.write(merged, {**facts, "aliases": _shared_aliases(opened)}, report)
+    target.write(merged, {**facts, "aliases": _shared_aliases(opened), "averaged": _averaged(opened[0])}, report)
     return merged
 
 
@@ -136,17 +136,21 @@ def exported_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 def manifest_of(source: AbstractSource, facts: Mapping[str, Any]) -> Manifest:
     """The manifest of a folder with one average, which need not come from a ShardedAverage.
 
-    `facts` may have "average" (its name), "n_averaged", "step", "rule", "updates", "provenance" and "aliases".
+    `facts` may have "average" (its name), "n_averaged", "step", "rule", "updates", "provenance", "aliases", and
+    "averaged": the names that are averaged, if not all are.
     """
-    aliases = dict(facts.get("aliases", {}))
-    tensors = {name: info for name, info in source.infos.items() if name not in aliases}
+    averaged = facts.get("averaged", source.infos)
+    aliases = {alias: name for alias, name in facts.get("aliases", {}).items() if name in averaged}
+    tensors = {name: info for name, info in source.infos.items() if name in averaged and name not in aliases}
+    n_averaged = facts.get("n_averaged") or 1  # 0 would mean that there is no average
+    step = max(facts.get("step") or 0, n_averaged)
     record = AverageRecord(
         rule=facts.get("rule") or {"kind": "unknown"},
-        n_averaged=facts.get("n_averaged") or 1,  # 0 would mean that there is no average
-        updates=facts.get("updates") or [],
+        n_averaged=n_averaged,
+        updates=facts.get("updates") or [[step - n_averaged + 1, step, 1]],  # unknown: taken for the last ones
     )
     return Manifest(
-        step=facts.get("step") or 0,
+        step=step,
         averages={facts.get("average") or "average": record},
         tensors={
             name: TensorRecord(shape=list(info.shape), dtype=str(info.dtype).removeprefix("torch."))
@@ -173,9 +177,12 @@ def _facts_of_merge(
     names = {source.facts.get("average") for source in opened}
     name = names.pop() if len(names) == 1 else None
     steps = [step for source in opened if isinstance(step := source.facts.get("step"), int)]
+    # Averages of one run have most updates in common: the one that took in most stands for all.
+    longest = max(opened, key=lambda source: source.facts.get("n_averaged") or 0).facts
     return {
         "average": name or "average",
-        "n_averaged": sum(source.facts.get("n_averaged") or 1 for source in opened),
+        "n_averaged": longest.get("n_averaged") or len(opened),
+        "updates": longest.get("updates"),
         "step": max(steps, default=0),
         "rule": {"kind": "merge", "method": method},
         "provenance": {
@@ -185,6 +192,20 @@ def _facts_of_merge(
             "sources": parts,
         },
     }
+
+
+def _averaged(source: AbstractSource) -> list[str]:
+    """What counts as averaged: as the source says, or else floating-point tensors but for BatchNorm's statistics."""
+    if "averaged" in source.facts:
+        return list(source.facts["averaged"])
+    infos = source.infos
+    statistics = {
+        name.replace("num_batches_tracked", kind)
+        for name in infos
+        if name.rpartition(".")[2] == "num_batches_tracked"
+        for kind in ("running_mean", "running_var")
+    }
+    return [name for name, info in infos.items() if info.dtype.is_floating_point and name not in statistics]
 
 
 def _shared_aliases(opened: Sequence[AbstractSource]) -> dict[str, str]:

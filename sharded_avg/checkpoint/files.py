@@ -81,6 +81,14 @@ class TorchFile(AbstractSource):
     def read(self, name: str, box: Box | None = None) -> Tensor:
         return self._file.read(self._tensors[name], box)
 
+    def ties(self) -> dict[str, str]:
+        """Further names of one and the same tensor -> its first name."""
+        first: dict[Stored, str] = {}
+        named = {
+            name: first.setdefault(stored, name) for name, stored in self._tensors.items() if 0 not in stored.shape
+        }
+        return {name: original for name, original in named.items() if name != original}
+
     def read_stored(self, stored: Stored) -> Tensor:
         """One tensor of `content`."""
         return self._file.read(stored)

@@ -110,13 +110,15 @@ def _plain_or_none(path: Path) -> AbstractSource | None:
 
 
 def _under(source: AbstractSource, name: str | None, path: Path) -> AbstractSource:
-    if name is None:
-        return source
-    names: Mapping[str, str] = {key.removeprefix(f"{name}."): key for key in source.infos if key.startswith(f"{name}.")}
-    if not names:
+    prefix = "" if name is None else f"{name}."
+    names: Mapping[str, str] = {key.removeprefix(prefix): key for key in source.infos if key.startswith(prefix)}
+    if not names and name is not None:
         first: list[Any] = sorted({key.partition(".")[0] for key in source.infos})[:20]
         raise CheckpointError(f"{str(path)!r} holds no average, and no tensors under {name!r}; it has {first}")
-    return Renamed(source, names)
+    ties = source.ties() if isinstance(source, TorchFile) else {}
+    inside = {key: tied for key, tied in ties.items() if key.startswith(prefix) and tied.startswith(prefix)}
+    aliases = {key.removeprefix(prefix): tied.removeprefix(prefix) for key, tied in inside.items()}
+    return Renamed(source, names, {"aliases": aliases})
 
 
 def _existing(path: StrPath) -> Path:

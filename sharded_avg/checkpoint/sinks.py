@@ -247,7 +247,8 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _TensorAt):
             return NotImplemented
         dtype = obj.storage.dtype
-        args = (obj.storage, 0, obj.shape, contiguous_stride(obj.shape), False, OrderedDict[str, Any]())
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        args = (obj.storage, 0, obj.shape, contiguous_stride(obj.shape), False, hooks)
         if dtype in _STORAGE_NAMES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, dtype)

@@ -192,7 +192,10 @@ def test_load_of_our_folder(tmp_path):
 def test_load_of_a_users_checkpoint_is_strict(tmp_path):
     """Frozen parameters and buffers come from the model that lies beside the average."""
     net, average = trained({"ema": EMA(decay=0.5), "swa": SWA()})
-    dcp.save({"model": net.state_dict(), "nested": {"avg": average}, "step": 7}, checkpoint_id=tmp_path / "users")
+    dcp.save(
+        {"model": net.state_dict(), "nested": {"avg": average.state_dict()}, "step": 7},
+        checkpoint_id=tmp_path / "users",
+    )
     expected = full(average, "swa")
     found = sharded_avg.load_averaged_state_dict(tmp_path / "users", "swa")
     assert list(found) == list(net.state_dict())
@@ -207,7 +210,7 @@ def test_an_average_in_a_folder_below(tmp_path):
     found = sharded_avg.load_averaged_state_dict(tmp_path / "run")
     assert all(equal(found[name], expected[name]) for name in expected)
     average.save(tmp_path / "run" / "other")
-    with pytest.raises(CheckpointError, match="checkpoint/average.*other"):
+    with pytest.raises(CheckpointError, match=r"checkpoint/average.*other"):
         sharded_avg.load_averaged_state_dict(tmp_path / "run")
 
 
