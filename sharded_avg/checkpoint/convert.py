@@ -137,7 +137,7 @@ class Conversion:
         averaged = [name for name in source.infos if self._is_averaged(source, name)]
         if not averaged:
             raise CheckpointError(f"{str(self.src)!r} holds no tensors that can be averaged")
-        aliases = {a: n for a, n in source.facts["aliases"].items() if a in averaged and n in averaged}
+        aliases = {alias: name for alias, name in source.facts["aliases"].items() if name in averaged}
         facts = {**source.facts, "aliases": aliases}
         return manifest_of(Renamed(source, {name: name for name in averaged}), facts)
 

@@ -21,6 +21,7 @@ from .entries import (
     FairseqImporter,
     MMEngineImporter,
     PrefixImporter,
+    TorchtitanImporter,
 )
 from .lightning_family import LightningImporter, LightningSwaImporter, LitEmaImporter, NemoImporter
 from .opened import open_content
@@ -44,7 +45,7 @@ IMPORTERS: tuple[AbstractImporter, ...] = (
     FairseqImporter(),
     EntryImporter(
         "timm",
-        "timm: state_dict_ema; before 0.3, and torchvision's references: model_ema",
+        "timm: state_dict_ema, formerly model_ema",
         "state_dict_ema",
         "model_ema",
     ),
@@ -52,19 +53,18 @@ IMPORTERS: tuple[AbstractImporter, ...] = (
     EntryImporter("long_live", "Self-Forcing, LongLive: generator_ema", "generator_ema"),
     EntryImporter("infinity", "Infinity: gpt_ema_for_vis, gpt_ema_fsdp", "gpt_ema_for_vis", "gpt_ema_fsdp"),
     EntryImporter("basicsr", "BasicSR, Real-ESRGAN: params_ema", "params_ema"),
-    EntryImporter("dino", "DINO's teacher checkpoints: teacher", "teacher"),
+    EntryImporter("dino", "DINO's teacher: teacher, alone or beside dino_loss", "teacher", certain="dino_loss"),
     EntryImporter(
         "ema_entry", "a state dict under ema, ema_state_dict or ema_model", "ema", "ema_state_dict", "ema_model"
     ),
     PrefixImporter("cosmos", "Cosmos: net_ema.*", "net_ema.", "model.net_ema."),
     PrefixImporter(
-        "dinov3", "DINOv3's DCP folders: model.model_ema.*, teacher.*", "model.model_ema.", "model.teacher."
+        "dinov3",
+        "DINOv3's DCP folders: model.model_ema.*; on request model.teacher.*, teacher.*",
+        "model.model_ema.",
+        unsure=("model.teacher.", "teacher."),
     ),
-    PrefixImporter(
-        "torchtitan",
-        "torchtitan's EMA optimizer: ema_optimizer.state.*.ema_params",
-        pattern=r"ema_optimizer\.state\.(.+)\.ema_params",
-    ),
+    TorchtitanImporter(),
 )
 
 
@@ -103,7 +103,7 @@ def find_importer(
     if content is None:
         return None
     if format is not None:
-        return Found(chosen[0], content)
+        return Found(_accepting(chosen[0], content), content)
     claims = [importer for importer in IMPORTERS if importer.claims(content)]
     if len(claims) > 1:
         raise CheckpointError(
@@ -111,6 +111,12 @@ def find_importer(
             "one is meant with --from (or format=)"
         )
     return Found(claims[0], content) if claims else None
+
+
+def _accepting(importer: AbstractImporter, content: Content) -> AbstractImporter:
+    if not importer.accepts(content):
+        raise content.refuse(f"this is not {importer.format} ({importer.about}): it has no such entries")
+    return importer
 
 
 def _named(format: str) -> AbstractImporter:

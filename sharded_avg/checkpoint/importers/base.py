@@ -78,6 +78,10 @@ class AbstractImporter(ABC):
     def claims(self, content: Content) -> bool:
         """Whether this is certainly the format: judged by keys and structure."""
 
+    def accepts(self, content: Content) -> bool:
+        """Whether this can be the format, where somebody says that it is."""
+        return self.claims(content)
+
     @abstractmethod
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         """The averaged tensors under the model's own names, never the raw ones.

@@ -18,7 +18,7 @@ class ComposerImporter(AbstractImporter):
     about = "Composer's EMA and SWA: state['algorithms'], or state['model'] while ema_weights_active"
 
     def claims(self, content: Content) -> bool:
-        return len(_algorithms(content)) == 1
+        return bool(_algorithms(content))
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         algorithms = _algorithms(content)

@@ -20,12 +20,20 @@ _DESCRIBES_ITSELF = {"n_averaged", "initted", "steps", "shadow_params", "num_upd
 
 
 class EntryImporter(AbstractImporter):
-    """A plain state dict under one of `keys`, the first that there is."""
+    """A plain state dict under one of `keys`, the first that there is.
 
-    def __init__(self, format: str, about: str, *keys: str) -> None:
-        self.format, self.about, self._keys = format, about, keys
+    With `certain`, the key alone could mean something else: then there must be that other key too, or no other at all.
+    """
+
+    def __init__(self, format: str, about: str, *keys: str, certain: str | None = None) -> None:
+        self.format, self.about, self._keys, self._certain = format, about, keys, certain
 
     def claims(self, content: Content) -> bool:
+        alone = self._certain is not None and len(content.tree) == 1
+        is_certain = self._certain is None or alone or content.at(self._certain) is not None
+        return self.accepts(content) and is_certain
+
+    def accepts(self, content: Content) -> bool:
         return self._key(content) is not None
 
     def _key(self, content: Content) -> tuple[str, ...] | None:
@@ -47,23 +55,42 @@ class EntryImporter(AbstractImporter):
 
 
 class PrefixImporter(AbstractImporter):
-    """Names that begin with one of `prefixes` (the first that any name has), or match `pattern` with one group."""
+    """Names that begin with one of `prefixes`, the first that any name has.
 
-    def __init__(self, format: str, about: str, *prefixes: str, pattern: str | None = None) -> None:
-        self.format, self.about, self._prefixes = format, about, prefixes
-        self._pattern = None if pattern is None else re.compile(pattern)
+    `unsure`: more prefixes, which could mean something else and count only where somebody says what the format is.
+    """
+
+    def __init__(self, format: str, about: str, *prefixes: str, unsure: tuple[str, ...] = ()) -> None:
+        self.format, self.about, self._prefixes, self._unsure = format, about, prefixes, unsure
+
+    def claims(self, content: Content) -> bool:
+        return bool(content.under(*self._prefixes))
+
+    def accepts(self, content: Content) -> bool:
+        return bool(content.under(*self._prefixes, *self._unsure))
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        prefixes = (*self._prefixes, *self._unsure)
+        flats = next((found for prefix in prefixes if (found := content.under(prefix))), {})
+        return self.found(content, flats, step=content.number("iteration"))
+
+
+class TorchtitanImporter(AbstractImporter):
+    """An optimizer whose state for each parameter holds its average."""
+
+    format = "torchtitan"
+    about = "torchtitan's EMA optimizer: ema_optimizer.state.*.ema_params"
 
     def claims(self, content: Content) -> bool:
         return bool(self._flats(content))
 
-    def _flats(self, content: Content) -> dict[str, str]:
-        if self._pattern is not None:
-            matches = ((self._pattern.fullmatch(flat), flat) for flat in content.source.infos)
-            return {match[1]: flat for match, flat in matches if match}
-        return next((found for prefix in self._prefixes if (found := content.under(prefix))), {})
+    @staticmethod
+    def _flats(content: Content) -> dict[str, str]:
+        inside = content.under("ema_optimizer.state.").items()
+        return {rest.removesuffix(".ema_params"): flat for rest, flat in inside if rest.endswith(".ema_params")}
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        return self.found(content, self._flats(content), step=content.number("iteration"))
+        return self.found(content, self._flats(content))
 
 
 class MMEngineImporter(AbstractImporter):
@@ -106,6 +133,9 @@ class EmaFileImporter(AbstractImporter):
 
     format = "ema_file"
     about = "Open-Sora, BAGEL, FastVideo, Open-Sora-Plan and others: ema.safetensors, *_ema.safetensors, *_ema/"
+
+    def accepts(self, content: Content) -> bool:
+        return True  # `average` says why not
 
     def claims(self, content: Content) -> bool:
         if not isinstance(content.source, SafetensorsFiles) or _has_ema_settings(content):

@@ -41,7 +41,7 @@ class LightningSwaImporter(AbstractImporter):
     about = "Lightning's StochasticWeightAveraging: callbacks[...]['average_model_state']"
 
     def claims(self, content: Content) -> bool:
-        return len(self._callbacks(content)) == 1
+        return bool(self._callbacks(content))
 
     @staticmethod
     def _callbacks(content: Content) -> list[str]:

@@ -37,7 +37,7 @@ class AveragedModelImporter(AbstractImporter):
     about = "torch.optim.swa_utils.AveragedModel: module.*"
 
     def claims(self, content: Content) -> bool:
-        return len(self._places(content)) == 1
+        return bool(self._places(content))
 
     def _places(self, content: Content) -> list[tuple[tuple[str, ...], str]]:
         """The keys of each mapping, and the prefix in it, where an AveragedModel's state is."""
@@ -71,7 +71,7 @@ class EmaPytorchImporter(AbstractImporter):
     about = "ema-pytorch's EMA and PostHocEMA: ema_model.*"
 
     def claims(self, content: Content) -> bool:
-        return len(self._places(content)) == 1
+        return bool(self._places(content))
 
     def _places(self, content: Content) -> list[tuple[str, ...]]:
         return [keys for keys, mapping in mappings(content.tree) if _is_ema_pytorch(mapping)]
@@ -110,7 +110,7 @@ class ShadowImporter(AbstractImporter):
         self._counter = counter
 
     def claims(self, content: Content) -> bool:
-        return len(self._places(content)) == 1
+        return bool(self._places(content))
 
     def _places(self, content: Content) -> list[tuple[str, ...]]:
         return [
