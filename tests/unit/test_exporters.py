@@ -443,14 +443,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("to", ["sharded_avg", "averaged_model"])
 def test_memory_is_that_of_slabs(to: str, tmp_path: Path) -> None:
-    """768 MiB of weights in two tensors pass through; beside what importing torch takes, less than half of that."""
-    values = {"n_averaged": torch.tensor(1), "module.a": torch.zeros(96 << 20), "module.b": torch.zeros(96 << 20)}
+    """512 MiB of weights in two tensors pass through, in less than half of that beside what importing torch takes."""
+    values = {"n_averaged": torch.tensor(1), "module.a": torch.zeros(64 << 20), "module.b": torch.zeros(64 << 20)}
     torch.save(values, tmp_path / "big.pt")
     del values
     arguments = [sys.executable, "-c", MEMORY, str(tmp_path / "big.pt"), str(tmp_path / "out.pt"), to]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 300 << 10, f"{done.stdout} KiB"
+    assert int(done.stdout.split()[-1]) < 256 << 10, f"{done.stdout} KiB"
 
 
 def test_a_sample_is_of_the_named_model() -> None:
