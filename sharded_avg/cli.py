@@ -44,45 +44,40 @@ _DTYPES = {
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised where the program is, so that temporary files are removed on the way out."""
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM, raised where the program is, so that temporary files are removed on the way out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    signals: list[int] = []
-    before = signal.signal(signal.SIGTERM, _terminate(signals))
+    args = _parser().parse_args(argv)
+    received: list[int] = []
+    before = {number: signal.signal(number, _stop(received)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _run(args, signals)
+        return _run(args, received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(signals: list[int]) -> Callable[[int, Any], None]:
+def _stop(received: list[int]) -> Callable[[int, Any], None]:
     def handle(number: int, frame: Any) -> None:
-        signals.append(number)
-        raise _Terminated
+        received.append(number)
+        if len(received) == 1:  # a second one must not disturb the tidying up
+            raise _Stopped
 
     return handle
 
 
-def _run(args: argparse.Namespace, signals: list[int]) -> int:
+def _run(args: argparse.Namespace, received: Sequence[int]) -> int:
     try:
         args.command(args)
-    except KeyboardInterrupt:
-        return _told("interrupted; nothing was written", 128 + signal.SIGINT)
-    except _Terminated:
-        return _told("terminated; nothing was written", 128 + signal.SIGTERM)
     except BrokenPipeError:  # `sharded-avg inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except (ShardedAvgError, OSError, MemoryError) as error:
-        if signals:  # torch.distributed.checkpoint turns any exception into its own
-            return _told("terminated; nothing was written", 128 + signals[0])
-        if _has_cause(error, KeyboardInterrupt):
-            return _told("interrupted; nothing was written", 128 + signal.SIGINT)
+    except (ShardedAvgError, OSError, MemoryError, _Stopped) as error:
+        # torch.distributed.checkpoint turns any exception into its own, so that what was received decides.
+        if received:
+            return _told("interrupted; nothing was written", 128 + received[0])
         return _told(str(error) or type(error).__name__, _code_of(error))
     return OK
 
