@@ -394,3 +394,49 @@ def test_timm_wrote_it(tmp_path: Path) -> None:
     folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
     timm_utils.CheckpointSaver(model, optimizer, model_ema=tool, **folders).save_checkpoint(0, metric=1.0)
     check(Sample(tmp_path / "last.pth.tar", average=copied(tool.module)), "timm")
+
+
+NONSENSE: list[object] = ["x", None, float("nan"), float("inf"), -3, torch.zeros(2), {}, torch.tensor(float("nan"))]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=str)
+def test_nonsense_in_the_place_of_numbers(value: object, tmp_path: Path) -> None:
+    """An average or a clear error, and no other exception."""
+    ema = {"decay": value, "num_updates": value, "shadow_params": list(AVERAGE.values()), "collected_params": None}
+    optimizer = {
+        "opt": {},
+        "ema": list(AVERAGE.values()),
+        "current_step": value,
+        "decay": value,
+        "every_n_steps": value,
+    }
+    contents: list[dict[str, object]] = [
+        {"n_averaged": value, **prefixed("module.", AVERAGE)},
+        {
+            "state_dict": AVERAGE,
+            "current_model_state": RAW,
+            "averaging_state": {"n_averaged": value},
+            "global_step": value,
+        },
+        {"state_dict": AVERAGE, "optimizer_states": [optimizer]},
+        {"initted": value, "step": value, **prefixed("ema_model.", AVERAGE)},
+        ema,
+        {"state_dict": AVERAGE, "ema_state_dict": {"steps": value, **prefixed("module.", RAW)}, "meta": value},
+        {"ema": AVERAGE, "step": value},
+    ]
+    for number, content in enumerate(contents):
+        torch.save(content, tmp_path / f"{number}.pt")
+        try:
+            source = find_importer(tmp_path / f"{number}.pt").open(NAMES)
+        except CheckpointError:
+            continue
+        assert all(torch.equal(source.read(name), AVERAGE[name]) for name in AVERAGE)
+        assert all(isinstance(source.facts.get(key, 0), int) for key in ("n_averaged", "step"))
+
+
+def test_composer_that_does_not_say_which_is_active(tmp_path: Path) -> None:
+    algorithms = composer_ema(AVERAGE, active=False)
+    del algorithms[0][1]["ema_weights_active"]
+    torch.save(composer(RAW, algorithms), tmp_path / "file.pt")
+    with pytest.raises(CheckpointError, match="does not say which weights are the average"):
+        find_importer(tmp_path / "file.pt").open()

@@ -13,6 +13,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,23 @@ class Content:
     def number(self, *keys: str) -> int | float | None:
         """The number under `keys`, whether it is a plain one or a tensor of one element; `None` if there is none."""
         node = self.at(*keys)
-        return self.scalar(".".join(keys)) if isinstance(node, Stored) else _number(node)
+        return self.scalar(".".join(keys)) if isinstance(node, Stored) else as_number(node)
 
     def scalar(self, flat: str) -> int | float | None:
         """The value of a tensor of one element; `None` if there is none of that name and size."""
         info = self.source.infos.get(flat)
         if info is None or info.nbytes != info.dtype.itemsize:
             return None
-        return _number(self.source.read(flat).reshape(()).item())
+        return as_number(self.source.read(flat).reshape(()).item())
 
     def refuse(self, problem: str) -> CheckpointError:
         """An error about this checkpoint, to be raised."""
         return CheckpointError(f"{str(self.path)!r}: {problem}")
 
 
-def _number(value: Any) -> int | float | None:
-    return value if isinstance(value, (bool, int, float)) else None
+def as_number(value: Any) -> int | float | None:
+    """A plain finite number, or `None` for anything else that a file may hold in its place."""
+    return value if isinstance(value, (bool, int, float)) and isfinite(value) else None
 
 
 class AbstractImporter(ABC):

@@ -33,7 +33,10 @@ class ComposerImporter(AbstractImporter):
     def _ema(self, content: Content, prefix: str, state: dict[str, Any]) -> dict[str, str]:
         if state.get("ema_started") is False:
             self.started(content, 0)
-        if state.get("ema_weights_active"):  # what the algorithm then holds is raw
+        active = state.get("ema_weights_active")
+        if not isinstance(active, bool):
+            raise content.refuse(f"ema_weights_active is {active!r}, so it does not say which weights are the average")
+        if active:  # what the algorithm then holds is raw
             return content.under("state.model.")
         own = content.under(f"{prefix}ema_model.named_parameters_dict.", f"{prefix}ema_model.named_buffers_dict.")
         return own or content.under(f"{prefix}ema_model.")  # before 0.13

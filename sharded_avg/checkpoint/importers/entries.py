@@ -14,7 +14,7 @@ import re
 
 from ..files import SafetensorsFiles
 from ..source import AbstractSource
-from .base import AbstractImporter, Content, Names, ema_rule, is_state
+from .base import AbstractImporter, Content, Names, as_number, ema_rule, is_state
 
 _DESCRIBES_ITSELF = {"n_averaged", "initted", "steps", "shadow_params", "num_updates"}
 
@@ -164,9 +164,10 @@ class DiffusersImporter(AbstractImporter):
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         config = content.config
-        step = self.started(content, config.get("optimization_step"))
-        n_averaged = None if step is None else max(step - int(config.get("update_after_step") or 0), 1)
-        rule = ema_rule(config.get("decay"))
+        step = self.started(content, as_number(config["optimization_step"]))
+        late = int(as_number(config["update_after_step"]) or 0)
+        n_averaged = None if step is None else max(step - late, 1)
+        rule = ema_rule(as_number(config["decay"]))
         return self.found(content, {n: n for n in content.source.infos}, step=step, n_averaged=n_averaged, rule=rule)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..source import AbstractSource
-from .base import AbstractImporter, Content, Names, ema_rule, in_order, is_state, numbered
+from .base import AbstractImporter, Content, Names, as_number, ema_rule, in_order, is_state, numbered
 
 
 class LightningImporter(AbstractImporter):
@@ -77,9 +77,10 @@ class NemoImporter(AbstractImporter):
         lists = {index: numbered(content.source.infos, f"optimizer_states.{index}.ema.") for index in optimizers}
         flats = [flat for found in lists.values() for flat in found]
         first = next(iter(optimizers.values()), {})
-        step, every = first.get("current_step"), first.get("every_n_steps", 1)
-        self.started(content, step)
-        facts = {"step": step, "n_averaged": step and -(-step // every), "rule": ema_rule(first.get("decay"))}
+        step = self.started(content, as_number(first.get("current_step")))
+        every = int(as_number(first.get("every_n_steps")) or 1)
+        n_averaged = None if step is None else -(-step // every)
+        facts = {"step": step, "n_averaged": n_averaged, "rule": ema_rule(as_number(first.get("decay")))}
         if not flats or _all_among(content, flats, list(content.under("state_dict.").values())):
             return self.found(content, content.under("state_dict."), **facts)
         pairs = in_order(content, flats, names, "optimizer_states[...]['ema'] (its state_dict is raw)")

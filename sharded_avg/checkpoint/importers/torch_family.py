@@ -129,4 +129,5 @@ class ShadowImporter(AbstractImporter):
         flats = numbered(content.source.infos, f"{_prefix(keys)}shadow_params.")
         pairs = in_order(content, flats, names, "a list, shadow_params")
         rule = ema_rule(content.number(*keys, "decay"))
-        return self.found(content, pairs, n_averaged=step and max(step - int(late), 0), step=step, rule=rule)
+        n_averaged = None if step is None else max(step - int(late), 1)
+        return self.found(content, pairs, n_averaged=n_averaged, step=step, rule=rule)
