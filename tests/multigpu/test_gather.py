@@ -21,7 +21,7 @@ from sharded_avg.shard import Box, Interval, Region, put, take
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
 from .models import VARIANTS, batch
 from .pool import on_ranks
-from .test_swap import CountBytes, buffers_of, forward, same, snapshot, trained_with
+from .watch import CountBytes, buffers_of, forward, same, snapshot, trained_with
 
 Full = dict[str, Tensor]
 
