@@ -76,7 +76,8 @@ class Report:
             f"{date.today().isoformat()}; {machine()}; {packages}. Threads: {self.num_threads} "
             f"(OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}). Medians of {self.num_rounds} rounds, "
             f"contenders in turns, each ratio to the first line of its case in the same round. Clock: {self.clock}; "
-            "wall time where there are several ranks. Floor: bytes that have to be moved over the bandwidth of copy_."
+            "wall time where there are several ranks. Floor: bytes that have to be moved over the bandwidth of copy_, "
+            "measured on as many bytes in the same rounds."
         )
 
     def _notes(self) -> Iterator[str]:

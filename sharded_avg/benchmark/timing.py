@@ -6,7 +6,8 @@
 
 Rounds are A B C, C A B, ...: every contender once, in a shuffled order. A ratio is taken inside one round, and the
 median over rounds is reported, so that a machine that becomes slower for a while slows both sides of it.
-The floor is the bytes that have to be moved over the bandwidth of a copy, measured in the same rounds.
+The floor is the bytes that have to be moved over the bandwidth of `copy_`, measured in the same rounds: a copy reads
+its source, and reads and writes the memory of its target, since a processor fetches what it writes into.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 NUM_WARMUPS = 3
 OURS = "ShardedAverage.update"
 _COPY = "(copy)"
+_TICK_S = 1e-9  # a clock's resolution: a tiny copy may take no time at all
 
 Clock = Callable[[], float]
 
@@ -105,7 +107,7 @@ def measure(case: Case, *, num_rounds: int, clock: Clock, between: Callable[[], 
             start = clock()
             contender.call()
             times[contender.name].append(clock() - start)
-    bandwidth = contenders[-1].moved_bytes / median(times[_COPY])
+    bandwidth = contenders[-1].moved_bytes / max(median(times[_COPY]), _TICK_S)
     base = times[case.contenders[0].name]
     return [_timing(case.name, contender, times[contender.name], base, bandwidth) for contender in case.contenders]
 
@@ -114,7 +116,7 @@ def _copy_contender(case: Case) -> Contender:
     """A copy whose source and target together are as large as what the base reads and writes."""
     nbytes = max(1, case.contenders[0].moved_bytes // 3)
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
-    return Contender(_COPY, lambda: target.copy_(source), 2 * nbytes)
+    return Contender(_COPY, lambda: target.copy_(source), 3 * nbytes)
 
 
 def _timing(case: str, contender: Contender, times: list[float], base: list[float], bandwidth: float) -> Timing:

@@ -173,7 +173,7 @@ MOVES = [
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("make", [plain, channels_last, many_small])
 def test_follows_a_model_that_moves(make: Callable[[], nn.Module], move: Callable[[nn.Module], None]) -> None:
-    """P66, P80: `model.to(...)`, `param.data = ...` and new parameters between updates, and back again."""
+    """`model.to(...)`, `param.data = ...` and new parameters between updates, and back again."""
     model = make()
     average, reference = ShardedAverage(model, RULES), Reference(model, torch.float32)
     for change in (None, move, None, _new_memory, move):
