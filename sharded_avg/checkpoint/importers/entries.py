@@ -29,7 +29,7 @@ class EntryImporter(AbstractImporter):
         self.format, self.about, self._keys, self._certain = format, about, keys, certain
 
     def claims(self, content: Content) -> bool:
-        alone = self._certain is not None and len(content.tree) == 1
+        alone = self._certain is not None and isinstance(content.tree, dict) and len(content.tree) == 1
         is_certain = self._certain is None or alone or content.at(self._certain) is not None
         return self.accepts(content) and is_certain
 
