@@ -72,7 +72,7 @@ def several_case(count: int, numel: int, num_averages: int) -> Case:
 
     contenders = [
         Contender(f"{num_averages} ShardedAverages", update_apart, num_averages * BYTES_FP32 * total),
-        Contender(f"one, with {num_averages} rules", together.update, (4 + 8 * num_averages) * total, target=1.0),
+        Contender(f"one, with {num_averages} rules", together.update, (4 + 8 * num_averages) * total),
     ]
     return Case(f"{num_averages} averages: {count:,} x {numel:,}", contenders)
 

@@ -16,8 +16,9 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +33,8 @@ from .local import BYTES_FP32, base, memory_of, ours, started
 from .rivals import gather_then_average
 from .timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
 from .weights import Sizes, numel_of, transformer
+
+Make = Callable[[Sizes], tuple[str, nn.Module]]  # what to call the model, and the model
 
 TIMEOUT_S = 600.0  # DeepSpeed builds an op when it is first used
 
@@ -66,13 +69,25 @@ class Job:
 class Owner(nn.Module):
     """Parameters of its own, all used by forward, so that an engine can step them."""
 
-    def __init__(self, count: int, numel: int) -> None:
+    def __init__(self, shapes: Iterable[torch.Size]) -> None:
         super().__init__()
-        for number in range(count):
-            self.register_parameter(f"p{number}", nn.Parameter(torch.randn(numel)))
+        for number, shape in enumerate(shapes):
+            self.register_parameter(f"p{number}", nn.Parameter(torch.randn(shape)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.stack([parameter.sum() for parameter in self.parameters()]).sum()
+
+
+def _small(sizes: Sizes) -> tuple[str, nn.Module]:
+    count, numel = sizes.small
+    return f"{count:,} x {numel:,}", Owner([torch.Size([numel])] * count)
+
+
+def _transformer(sizes: Sizes) -> tuple[str, nn.Module]:
+    layers, width = sizes.transformer
+    return f"transformer, {layers} layers of width {width}", Owner(
+        p.shape for p in transformer(layers, width).parameters()
+    )
 
 
 def _lying_together(name: str, average: ShardedAverage, numel: int) -> Case:
@@ -80,9 +95,11 @@ def _lying_together(name: str, average: ShardedAverage, numel: int) -> Case:
     return Case(name, contenders, memory_of(average, numel))
 
 
-def _fsdp1(name: str, model: nn.Module) -> Case:
+def fsdp1(sizes: Sizes, *, make: Make) -> Case:
+    """All parameters in one flat parameter."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
+    name, model = make(sizes)
     numel = numel_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on one rank FSDP falls back to NO_SHARD, and says so
@@ -90,34 +107,11 @@ def _fsdp1(name: str, model: nn.Module) -> Case:
     return _lying_together(f"FSDP1, 1 rank: {name}", started(wrapped), numel)
 
 
-def fsdp1_small(sizes: Sizes) -> Case:
-    """Thousands of small parameters that are one flat parameter."""
-    count, numel = sizes.small
-    return _fsdp1(f"{count:,} x {numel:,}", Owner(count, numel))
-
-
-def fsdp1_transformer(sizes: Sizes) -> Case:
-    """Parameters of many sizes in one flat parameter."""
-    layers, width = sizes.transformer
-    return _fsdp1(f"transformer, {layers} layers of width {width}", transformer(layers, width))
-
-
-def zero(sizes: Sizes, *, stage: int) -> Case:
+def zero(sizes: Sizes, *, make: Make, stage: int) -> Case:
     """A bf16 model with fp32 masters, which are what is averaged."""
-    count, numel = sizes.small
-    engine = _deepspeed_engine(Owner(count, numel), stage)
-    name = f"ZeRO-{stage}, 1 rank: {count:,} x {numel:,}"
-    return _lying_together(name, started(engine), count * numel)
-
-
-def zero2(sizes: Sizes) -> Case:
-    """Weights whole, masters cut."""
-    return zero(sizes, stage=2)
-
-
-def zero3(sizes: Sizes) -> Case:
-    """Weights and masters cut."""
-    return zero(sizes, stage=3)
+    name, model = make(sizes)
+    numel = numel_of(model)
+    return _lying_together(f"ZeRO-{stage}, 1 rank: {name}", started(_deepspeed_engine(model, stage)), numel)
 
 
 def _deepspeed_engine(model: nn.Module, stage: int) -> Any:
@@ -181,10 +175,12 @@ def replicated(sizes: Sizes) -> Case:
 
 
 JOBS = (
-    Job("fsdp1", fsdp1_small),
-    Job("fsdp1-transformer", fsdp1_transformer),
-    Job("zero2", zero2, needs="deepspeed"),
-    Job("zero3", zero3, needs="deepspeed"),
+    Job("fsdp1", partial(fsdp1, make=_transformer)),
+    Job("zero2", partial(zero, make=_transformer, stage=2), needs="deepspeed"),
+    Job("zero3", partial(zero, make=_transformer, stage=3), needs="deepspeed"),
+    Job("fsdp1-small", partial(fsdp1, make=_small)),
+    Job("zero2-small", partial(zero, make=_small, stage=2), needs="deepspeed"),
+    Job("zero3-small", partial(zero, make=_small, stage=3), needs="deepspeed"),
     Job("fsdp2", gathering, num_ranks=2),
     Job("ddp", replicated, num_ranks=2),
 )

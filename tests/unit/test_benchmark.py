@@ -179,7 +179,7 @@ def test_jobs_on_ranks_of_their_own(job: ranks.Job) -> None:
 
 
 def test_a_package_that_is_not_installed_is_reported(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    job = ranks.Job("zero2", ranks.zero2, needs="no_such_engine")
+    job = ranks.Job("zero2", ranks.gathering, needs="no_such_engine")
     monkeypatch.setattr("sharded_avg.benchmark.__main__.JOBS", (job,))
     assert main(["--quick", "--rounds", "1", "--only", "zero2"]) == 0
     assert "Not measured: zero2: no_such_engine is not installed." in capsys.readouterr().out
