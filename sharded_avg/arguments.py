@@ -49,10 +49,8 @@ def as_schedule(schedule: WhenFn | None) -> WhenFn:
 
 
 def as_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """A floating-point or complex dtype, or `None` for each parameter's own."""
-    if dtype is None or (
-        isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype.is_complex) and dtype.itemsize > 1
-    ):
+    """A floating-point dtype, of which complex parameters take the complex one, or `None` for each parameter's own."""
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         return dtype
     raise ConfigError(
         f"dtype={dtype!r}: averages are stored in a floating-point dtype of at least 16 bits, for example "
@@ -81,4 +79,13 @@ def check_buffers(buffers: str) -> None:
     if buffers not in BUFFER_POLICIES:
         raise ConfigError(
             f'buffers={buffers!r}: "copy" uses the live buffers, "average" averages floating-point persistent ones'
+        )
+
+
+def check_storage(name: str, dtype: torch.dtype) -> None:
+    """Raise unless a parameter's average can be computed in `dtype`."""
+    if dtype.itemsize == 1 or dtype == torch.complex32:
+        raise ConfigError(
+            f"the average of {name!r} would be stored as {dtype}, in which torch cannot average: pass "
+            "dtype=torch.float32"
         )

@@ -12,30 +12,33 @@ whatever would hand out averaged values raises `NotStartedError`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import MANIFEST_KEY, as_device, as_dtype, as_rules, as_schedule, check_buffers
-from .checkpoint.dcp import Destination, ShardItem
+from .arguments import MANIFEST_KEY, as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
 from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
-from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
+from .checkpoint.manifest import Manifest
+from .collectives import all_or_none
 from .errors import CheckpointError, ConfigError, NotStartedError, SwapError
 from .history import History
+from .keeping import Incoming, describe, items_of
 from .members import Include, Members
 from .rules import AbstractRule
-from .schedule import WhenFn, schedule_settings
+from .schedule import WhenFn
 from .shard import Shard
 from .store import Store
 from .summon import full_params
 from .swap import Pair, swapped_in
-from .version import __version__
+
+_swapped_models: WeakSet[nn.Module] = WeakSet()  # of any ShardedAverage: a model may have several
 
 
 class ShardedAverage:
@@ -57,6 +60,8 @@ class ShardedAverage:
             to be included later, because it was unfrozen, joins at the next update.
         schedule: which steps update; every one by default.
 
+    On a device mesh smaller than the job, construction may make a process group of its ranks: all of them must call.
+
     Raises `ConfigError` for an argument that cannot be, and `UnsupportedModelError` for a model that no layout can
     average, each before anything has been changed.
     """
@@ -77,9 +82,13 @@ class ShardedAverage:
         check_buffers(buffers)
         self._store = Store(tuple(self._rules), as_dtype(dtype), as_device(device))
         self._members = Members(model, include, average_buffers=buffers == "average")
+        for shard in self._members.averaged:
+            check_storage(shard.name, self._store.dtype_of(shard))
         self._histories = dict.fromkeys(self._rules, History())
         self._step = 0
         self._arranged_for: list[Shard] | None = None  # what the members were when the store was arranged
+        self._incoming: Incoming | None = None
+        self._pending: PendingSave | None = None
         self._carrier: dist.ProcessGroup | None = None
         self._swapped: str | None = None
 
@@ -110,7 +119,9 @@ class ShardedAverage:
         """Take the live weights into every average if it is time, and say whether it was. Local: no communication.
 
         Call it after every optimizer step. A step that the engine skipped does not count. Raises `SwapError` inside
-        `swapped()`, and `LayoutChangedError` if the model was wrapped or re-cut since the average was built.
+        `swapped()`, and `LayoutChangedError` if the model was wrapped or re-cut since the average was built. Should a
+        rule of your own raise, or an interruption come in the middle, some parameters have taken this step in and
+        others not; the count has not changed.
         """
         self._refuse_while_swapped("update()")
         if self._members.layout.step_was_skipped():
@@ -127,10 +138,14 @@ class ShardedAverage:
     def _arrange(self, *, admit: bool = False) -> None:
         """Point the store at the live shards, wherever they are now."""
         self._members.refresh()
-        if admit:
-            self._members.admit()
+        joined = admit and self._members.admit()
         if self._arranged_for is not self._members.all:
-            self._store.arrange(self._members.averaged)
+            try:
+                self._store.arrange(self._members.averaged)
+            except BaseException:  # out of memory, most likely; without the newcomers there was enough
+                if joined:
+                    self._members.dismiss()
+                raise
             self._arranged_for = self._members.all
 
     # -- evaluating ------------------------------------------------------------------------------------------------
@@ -150,10 +165,12 @@ class ShardedAverage:
             return
         with swapped_in(self._members.layout, partial(self._pairs, name)):
             self._swapped = name
+            _swapped_models.add(self._members.layout.model)
             try:
                 yield True
             finally:
                 self._swapped = None
+                _swapped_models.discard(self._members.layout.model)
 
     def _pairs(self, name: str) -> list[Pair]:
         """What the averaged shards exchange, wherever their live tensors are now; always in one order."""
@@ -180,11 +197,12 @@ class ShardedAverage:
         """
         self._refuse_while_swapped("copy_to_model()")
         name = self._started(name)
-        self._arrange()
-        self._members.layout.release()
-        for shard in self._members.averaged:
-            for live in (shard.tensor, shard.target):
-                live.copy_(self._store.view(name, shard.name))
+        with all_or_none(self._members.layout.group, "copying averages into the model"):
+            self._arrange()
+            self._members.layout.release()
+            for shard in self._members.averaged:
+                for live in (shard.tensor, shard.target):
+                    live.copy_(self._store.view(name, shard.name))
         self._members.layout.publish()
         self._members.layout.publish_masters()
 
@@ -210,7 +228,8 @@ class ShardedAverage:
         if writeback:
             self._refuse_while_swapped("summon_full_params(writeback=True)")
         name = self._started(name)
-        self._arrange()
+        with all_or_none(self._members.layout.group, "looking up the live weights"):
+            self._arrange()
         with full_params(
             self._members,
             partial(self._average_of, name),
@@ -229,18 +248,33 @@ class ShardedAverage:
         is kept until then. A path with `://` goes through fsspec. Before the first update only counters are saved, so
         that a resumed run starts on time. Raises `CheckpointError` if it cannot be written.
         """
-        save_folder(path, self.state_dict(), self._manifest(), self._members.layout.group)
+        group = self._quiet_group()
+        with all_or_none(group, "collecting what is saved"):
+            state = self.state_dict()
+        save_folder(path, state, self._manifest(), group)
 
     def async_save(self, path: str | os.PathLike[str]) -> PendingSave:
         """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
 
         Training, updates and swaps may go on; call `result()` of what is returned, on all ranks, to wait for the
-        bytes and give the folder its name. The first call makes a gloo group for the traffic.
+        bytes and give the folder its name. The next save waits for this one. The first call makes a gloo group for
+        the traffic.
         """
-        group = everyone(self._members.layout.group)
+        group = self._quiet_group()
         if self._carrier is None and group is not None:
-            self._carrier = dist.new_group(dist.get_process_group_ranks(group), backend="gloo")
-        return save_folder_async(path, self.state_dict(), self._manifest(), group, self._carrier)
+            ranks = sorted(dist.get_process_group_ranks(group))
+            self._carrier = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        with all_or_none(group, "collecting what is saved"):
+            state = self.state_dict()
+        self._pending = save_folder_async(path, state, self._manifest(), group, self._carrier)
+        return self._pending
+
+    def _quiet_group(self) -> dist.ProcessGroup | None:
+        """Collective: all ranks must call. The ranks that save together, once nothing is on its way any more."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+        return everyone(self._members.layout.group)
 
     @torch.no_grad()
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadResult:
@@ -251,44 +285,39 @@ class ShardedAverage:
         is missing stays as it is, a parameter that is missing starts again from its live value.
         """
         self._refuse_while_swapped("load()")
-        folder, manifest = read_manifest(path, self._members.layout.group)
+        group = everyone(self._members.layout.group)
+        folder, manifest = read_manifest(path, group)
         result = compare(manifest, self._manifest())
         if strict:
             result.require_all()
-        fresh = self._store_to_read(manifest, result)
-        # Into a store of its own, which takes the place of the present one when everything has been read.
-        state = {MANIFEST_KEY: "", **self._items_to_read(fresh, manifest, result)}
-        load_folder(folder, state, self._members.layout.group)
+        with all_or_none(group, "making room for the averages to load"):
+            incoming = self._incoming_for(manifest, result)
+            state: dict[str, Any] = {MANIFEST_KEY: ""}
+            for name in self._started_in(manifest):
+                left_out = {*result.missing_keys, *result.misfits}
+                state[name] = items_of(name, self._members, incoming, present=None, left_out=left_out)
+        load_folder(folder, state, group)
         if Manifest.from_json(state[MANIFEST_KEY]) != manifest:
             raise CheckpointError(f"{folder!r} is torn: its manifest is of another save. Nothing was changed")
-        self._store = fresh
-        self._arranged_for = self._members.all if fresh.arranged else None
-        self._take_over(manifest)
+        self._take_over(manifest, incoming)
         return result
 
-    def _store_to_read(self, manifest: Manifest, result: LoadResult) -> Store:
-        """An arranged store: live values, and the averages that stay as they are; nothing if nothing has started."""
+    def _started_in(self, manifest: Manifest) -> list[str]:
+        return [name for name, record in manifest.averages.items() if name in self._rules and record.n_averaged]
+
+    def _incoming_for(self, manifest: Manifest, result: LoadResult) -> Incoming:
+        """Room for what is read, with the averages that stay as they are; none if nothing has started."""
         self._members.refresh()
-        fresh = self._store.like()
-        if any(record.n_averaged for record in manifest.averages.values()) or self.n_averaged:
-            fresh.arrange(self._members.averaged)
+        incoming = Incoming(self._members, self._store)
+        if self._started_in(manifest) or self.n_averaged:
+            incoming.arrange()
             if self.n_averaged:
-                fresh.take_from(self._store, result.missing_averages)
-        return fresh
+                incoming.store.take_from(self._store, result.missing_averages)
+        return incoming
 
-    def _items_to_read(self, store: Store, manifest: Manifest, result: LoadResult) -> dict[str, Any]:
-        left_out = {*result.missing_keys, *result.misfits}
-        return {
-            name: {
-                shard.name: self._shard_item(shard, None, partial(store.view, name, shard.name))
-                for shard in self._members.averaged
-                if shard.name not in left_out
-            }
-            for name, record in manifest.averages.items()
-            if name in self._rules and record.n_averaged
-        }
-
-    def _take_over(self, manifest: Manifest) -> None:
+    def _take_over(self, manifest: Manifest, incoming: Incoming) -> None:
+        self._store = incoming.store
+        self._arranged_for = self._members.all if incoming.store.arranged else None
         for name, record in manifest.averages.items():
             if name in self._rules:
                 self._histories[name] = record.history
@@ -301,67 +330,47 @@ class ShardedAverage:
         write and read this rank's pieces; they are not tensors and cannot be pickled.
         """
         self._members.refresh()
+        self._incoming = Incoming(self._members, self._store)
         state: dict[str, Any] = {MANIFEST_KEY: self._manifest().to_json()}
-        for name in self._rules:
-            started = self._histories[name].n_averaged and self._store.arranged
-            state[name] = {
-                shard.name: self._shard_item(
-                    shard, self._average_of(name, shard) if started else None, partial(self._arranged_view, name, shard)
-                )
-                for shard in self._members.averaged
-            }
+        for name, history in self._histories.items():
+            present = partial(self._average_of, name) if history.n_averaged else None
+            state[name] = items_of(name, self._members, self._incoming, present=present)
         return state
-
-    def _shard_item(self, shard: Shard, local: Tensor | None, destination: Callable[[], Tensor]) -> ShardItem:
-        return ShardItem(shard.shape, shard.region, self._store.dtype_of(shard), local, Destination(destination))
-
-    def _arranged_view(self, name: str, shard: Shard) -> Tensor:
-        self._arrange()
-        return self._average_of(name, shard)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over counters after torch.distributed.checkpoint has read the values into `state_dict()`'s items.
+        """Take over what torch.distributed.checkpoint has read into the items of the last `state_dict()`.
 
-        Raises `CheckpointError` if averages, names, shapes or dtypes do not fit, or if the values were not read.
+        Raises `CheckpointError`, and changes nothing, if averages, names, shapes or dtypes do not fit, or if the
+        values were not read.
         """
+        incoming, self._incoming = self._incoming, None
         self._refuse_while_swapped("load_state_dict()")
         manifest = Manifest.from_json(state_dict.get(MANIFEST_KEY))
         compare(manifest, self._manifest()).require_all()
-        started = [name for name, record in manifest.averages.items() if record.n_averaged]
-        for name in started:
-            unread = [key for key, item in state_dict[name].items() if not isinstance(item, ShardItem)]
-            if unread:
-                raise CheckpointError(
-                    f"{unread} of the average {name!r} were not read: pass state_dict() through "
-                    "torch.distributed.checkpoint.load first, or call load(path)"
-                )
+        started = self._started_in(manifest)
+        unread = [
+            f"{name}.{key}"
+            for name in started
+            for key in manifest.tensors
+            if not getattr(state_dict.get(name, {}).get(key), "is_read", False)
+        ]
+        if unread or incoming is None:
+            raise CheckpointError(
+                f"{unread or 'these values'} were not read: call state_dict(), pass what it returns through "
+                "torch.distributed.checkpoint.load, and then to load_state_dict(); or call load(path)"
+            )
         if started:
-            self._arrange()
-        self._take_over(manifest)
+            incoming.arrange()
+        self._take_over(manifest, incoming)
 
     def _manifest(self) -> Manifest:
-        shards = self._members.averaged
-        tensors = {
-            shard.name: TensorRecord(
-                shape=list(shard.shape), dtype=str(self._store.dtype_of(shard)).removeprefix("torch.")
-            )
-            for shard in shards
-        }
-        histories = self._histories
-        return Manifest(
-            step=self._step,
-            averages={
-                name: AverageRecord(
-                    rule=rule.settings(), n_averaged=histories[name].n_averaged, updates=histories[name].as_lists()
-                )
-                for name, rule in self._rules.items()
-            },
-            tensors=tensors,
-            aliases={alias: name for alias, name in self._members.layout.aliases.items() if name in tensors},
-            schedule=schedule_settings(self._schedule),
-            package=__version__,
-            torch=str(torch.__version__),
+        return describe(self._members, self._store, self._rules, self._histories, self._step, self._schedule)
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a ShardedAverage cannot be copied or pickled: it belongs to its model and process group. Build another "
+            "one for another model, and carry the averages over with save() and load()"
         )
 
     # -- guards ----------------------------------------------------------------------------------------------------
@@ -383,8 +392,9 @@ class ShardedAverage:
         return name
 
     def _refuse_while_swapped(self, what: str) -> None:
-        if self._swapped is not None:
+        if self._swapped is not None or self._members.layout.model in _swapped_models:
+            which = "of another ShardedAverage" if self._swapped is None else repr(self._swapped)
             raise SwapError(
-                f"{what} cannot be called while the average {self._swapped!r} is swapped in: live and averaged values "
-                "have changed places. Leave the `with average.swapped():` block first"
+                f"{what} cannot be called while the average {which} is swapped in: live and averaged values have "
+                "changed places. Leave the `with average.swapped():` block first"
             )

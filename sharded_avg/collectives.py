@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from .errors import PeerError
 
-_POLL_S = 0.02
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _ALL_HERE, _GAVE_UP = b"all here", b"gave up"
 _rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls of one group alike
 
@@ -35,12 +37,28 @@ def size_of(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def comm_device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors must lie to travel over `group`: the CPU if its backend can, else this process's GPU."""
-    if group is None or "cpu:" in dist.get_backend_config(group) or dist.get_backend(group) == "gloo":
+def comm_device(group: dist.ProcessGroup | None, prefer: torch.device | None = None) -> torch.device:
+    """Where tensors must lie to travel over `group`: on `prefer` or the CPU if a backend is there, else on the GPU."""
+    if group is None:
+        return torch.device("cpu")
+    backends = dist.get_backend_config(group)
+    if prefer is not None and f"{prefer.type}:" in backends:
+        return prefer
+    if "cpu:" in backends or dist.get_backend(group) == "gloo":
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+@contextmanager
+def all_or_none(group: dist.ProcessGroup | None, doing: str) -> Iterator[None]:
+    """Collective: all ranks must call. What the body does may fail on one rank: then all ranks raise."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as failure:
+        error = failure
+    agree(group, error, doing)
 
 
 def agree(group: dist.ProcessGroup | None, error: BaseException | None, doing: str) -> None:
@@ -57,11 +75,11 @@ def agree(group: dist.ProcessGroup | None, error: BaseException | None, doing: s
         raise error
 
 
-def rendezvous(group: dist.ProcessGroup | None, *, wait: bool, grace_s: float) -> bool:
-    """Collective: all ranks must call. Announce that this rank is here; with `wait`, wait for the others.
+def rendezvous(group: dist.ProcessGroup | None, *, grace_s: float) -> bool:
+    """Collective: all ranks must call. Wait until every rank is here; False on all of them if one gave up.
 
-    False if some rank did not come within `grace_s` seconds, also on that rank if it comes later. Uses the store, not
-    a collective, so that a rank whose peers never come is not stuck. Without `wait` it returns at once.
+    A rank gives up after `grace_s` seconds. Uses the store, not a collective, so that a rank whose peers never come is
+    not stuck; and the store decides for all, so that none goes on to a collective that others have given up.
     """
     if size_of(group) == 1:
         return True
@@ -71,12 +89,13 @@ def rendezvous(group: dist.ProcessGroup | None, *, wait: bool, grace_s: float) -
     key = f"sharded_avg/rendezvous/{group_name}/{_rendezvous_calls[group_name]}"
     if store.add(f"{key}/arrived", 1) == size_of(group):
         return _decide(store, key, _ALL_HERE)
-    deadline = time.monotonic() + grace_s
-    while wait and not store.check([f"{key}/verdict"]):
+    deadline, pause_s = time.monotonic() + grace_s, _SHORTEST_PAUSE_S
+    while not store.check([f"{key}/verdict"]):
         if time.monotonic() >= deadline:
             return _decide(store, key, _GAVE_UP)
-        time.sleep(_POLL_S)
-    return not store.check([f"{key}/verdict"]) or bool(store.get(f"{key}/verdict") == _ALL_HERE)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return bool(store.get(f"{key}/verdict") == _ALL_HERE)
 
 
 def _decide(store: Any, key: str, verdict: bytes) -> bool:

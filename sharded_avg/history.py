@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+MAX_STRIDES = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Stride:
@@ -31,31 +33,33 @@ class Stride:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """The updates of one average, oldest first."""
+    """`n_averaged` updates of one average, oldest first; `strides` lists the latest ones, or all of them.
+
+    An irregular schedule gives a stride for every step or two: what is beyond MAX_STRIDES is counted and forgotten.
+    """
 
     strides: tuple[Stride, ...] = ()
-
-    @property
-    def n_averaged(self) -> int:
-        """How many updates there were."""
-        return sum(stride.count for stride in self.strides)
+    n_averaged: int = 0
 
     def after(self, step: int) -> History:
         """This history and an update at `step`."""
         longer = self.strides[-1].extended(step) if self.strides else None
         if longer is not None:
-            return History((*self.strides[:-1], longer))
-        return History((*self.strides, Stride(step, step)))
+            return History((*self.strides[:-1], longer), self.n_averaged + 1)
+        return History((*self.strides, Stride(step, step))[-MAX_STRIDES:], self.n_averaged + 1)
 
     def as_lists(self) -> list[list[int]]:
         """[first, last, every] for each stride, as a manifest has it."""
         return [[stride.first, stride.last, stride.every] for stride in self.strides]
 
     @classmethod
-    def from_lists(cls, lists: Iterable[Iterable[int]]) -> History:
-        """Read what `as_lists` wrote; raises `ValueError` for what no run can have done."""
+    def from_lists(cls, lists: Iterable[Iterable[int]], n_averaged: int) -> History:
+        """Read what `as_lists` wrote of `n_averaged` updates; raises `ValueError` for what no run can have done."""
         strides = tuple(Stride(*(int(value) for value in values)) for values in lists)
         for stride in strides:
             if stride.every < 1 or stride.last < stride.first or (stride.last - stride.first) % stride.every:
                 raise ValueError(f"{stride} is no sequence of steps")
-        return cls(strides)
+        listed = sum(stride.count for stride in strides)
+        if listed > n_averaged:
+            raise ValueError(f"{listed} steps are listed for {n_averaged} updates")
+        return cls(strides[-MAX_STRIDES:], n_averaged)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import names
 from .errors import ConfigError, LayoutChangedError, UnsupportedModelError
+from .layouts.base import AbstractLayout
 from .layouts.detect import detect, layout_class
 from .shard import Shard
 
@@ -88,7 +89,7 @@ class Members:
         """Re-read the live tensors if they have moved. Raises `LayoutChangedError` if the model is cut differently."""
         if self.layout.is_current() and self._tree.unchanged():
             return
-        now = layout_class(self._model)
+        now = self._layout_now()
         if now is not type(self.layout):
             raise LayoutChangedError(
                 f"the average was built for {type(self.layout).__name__} and the model is now one for {now.__name__}: "
@@ -106,6 +107,14 @@ class Members:
         self._tree = names.Tree(self._model)
         self.waiting = [name for name in self._choose() if name not in self._names]
 
+    def _layout_now(self) -> type[AbstractLayout]:
+        try:
+            return layout_class(self._model)
+        except UnsupportedModelError as error:
+            raise LayoutChangedError(
+                f"the model was wrapped after its average was built: {error}. {_REBUILD}"
+            ) from error
+
     def _check_cuts(self, shards: list[Shard]) -> None:
         cuts = {shard.name: (shard.shape, shard.region) for shard in shards}
         for name in self._names:
@@ -120,12 +129,17 @@ class Members:
         """Let the waiting parameters join; whether there were any."""
         if not self.waiting:
             return False
+        self._before = (dict(self._names), self.waiting, self.all, self._cuts)
         self._names.update(dict.fromkeys(self.waiting))
         self.layout.adopt(self.waiting)
         self.waiting = []
         self.all = self.layout.shards()
         self._cuts = {shard.name: (shard.shape, shard.region) for shard in self.all}
         return True
+
+    def dismiss(self) -> None:
+        """Undo the last `admit`: there was no room for the newcomers. They wait again."""
+        self._names, self.waiting, self.all, self._cuts = self._before
 
     def state(self, full: dict[str, Tensor]) -> dict[str, Any]:
         """Full tensors under every key of the unwrapped model's `state_dict()`, with its extra state."""

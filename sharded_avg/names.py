@@ -88,14 +88,25 @@ class Tree:
     """Which module is where below a model, remembered, so that a module replaced, added or removed is noticed."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._children = [module._modules for module in model.modules()]
-        self._sizes = list(map(len, self._children))
+        modules = list(model.modules())
+        self._children = [module._modules for module in modules]
+        self._slots: list[dict[str, Any]] = [module._parameters for module in modules]
+        self._slots += [module._buffers for module in modules]
+        self._sizes = self._count()
+        # A buffer registered as None and set by the first forward is a new key of `state_dict()`.
+        self._unset = [(slots, key) for slots in self._slots for key in slots if dict.get(slots, key) is None]
         self._places = [(children, key, child) for children in self._children for key, child in children.items()]
+
+    def _count(self) -> list[int]:
+        return [*map(len, self._children), *map(len, self._slots)]
 
     def unchanged(self) -> bool:
         """Local and cheap: it is asked at every update."""
-        same_sizes = list(map(len, self._children)) == self._sizes
-        return same_sizes and all(children.get(key) is child for children, key, child in self._places)
+        return (
+            self._count() == self._sizes
+            and all(children.get(key) is child for children, key, child in self._places)
+            and all(dict.get(slots, key) is None for slots, key in self._unset)
+        )
 
 
 def extra_state(model: nn.Module) -> dict[str, Any]:

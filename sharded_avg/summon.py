@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import agree, rank_in
+from .collectives import agree, all_or_none, rank_in
 from .errors import ConfigError
 from .gather import Item, gather, scatter
 from .members import Members
@@ -33,13 +33,17 @@ def full_params(
     `average_of` tells where the average of an averaged shard lies now.
     """
     group = members.layout.group
+    if group is None and writeback:
+        rank0_only = False  # nothing connects the processes of a plain model: each edits its own average
     keeps = not rank0_only or rank_in(group) == 0
     with torch.no_grad():
-        members.layout.release()
-        averaged = [_item(shard, average_of(shard)) for shard in members.averaged]
-        device = torch.device("cpu") if offload_to_cpu else None
-        full = gather(group, [*averaged, *_live(members)], rank0_only=rank0_only, device=device)
-    state = members.state(full) if keeps else {}
+        with all_or_none(group, "looking up full tensors"):
+            members.layout.release()
+            averaged = [_item(shard, average_of(shard)) for shard in members.averaged]
+            items = [*averaged, *_live(members)]
+        full = gather(group, items, rank0_only=rank0_only, device=torch.device("cpu") if offload_to_cpu else None)
+    with all_or_none(group, "naming full tensors"):
+        state = members.state(full) if keeps else {}
     del full
     error: BaseException | None = None
     try:

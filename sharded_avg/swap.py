@@ -29,7 +29,8 @@ from .kernels import coalesce, pack, split
 from .layouts.base import AbstractLayout
 
 SCRATCH_BYTES = 64 << 20
-RENDEZVOUS_GRACE_S = 30.0
+RENDEZVOUS_GRACE_S = 30.0  # for a rank that failed
+PATIENCE_S = 1800.0  # for one that did not: others may still be evaluating
 _ATTEMPTS = 3  # at bringing one batch of raw weights back
 _CACHE_BYTES = 1 << 20  # a CPU exchanges faster through a buffer that stays in its cache
 
@@ -121,6 +122,7 @@ class Exchange:
     """The local part of one swap: `enter` and `leave` touch this rank's memory only."""
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._places = _places(pairs)
         held = [index for index, pair in enumerate(pairs) if pair.target.numel()]
         self._in_place = [index for index in held if pairs[index].in_place]
         self._rewritten = _cast_from_masters(pairs, held)
@@ -141,7 +143,9 @@ class Exchange:
             raise
 
     def move_to(self, pairs: Sequence[Pair]) -> None:
-        """Between `enter` and `leave`: the engine has moved the live tensors, with the averages in them, elsewhere."""
+        """Between `enter` and `leave`: the engine may have moved the live tensors, with the averages in them."""
+        if _places(pairs) == self._places:
+            return
         self._exchanges = list(_in_place_ways([pairs[index] for index in self._in_place], mark=_SWAPPED))
         self._rewrites = list(_rewrite_ways([pairs[index] for index in self._rewritten]))
         self._stashes = [
@@ -164,6 +168,16 @@ class Exchange:
             self._begun.pop()
         if failure is not None:
             raise failure
+
+
+def _places(pairs: Sequence[Pair]) -> list[tuple[object, ...]]:
+    """Where the tensors of each pair lie, and how."""
+    return [
+        (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        for pair in pairs
+        for tensor in (pair.target, pair.average, pair.master)
+        if tensor is not None and tensor.numel()
+    ]
 
 
 def _in_place_ways(pairs: Sequence[Pair], mark: int = 0) -> Iterator[_InPlace]:
@@ -256,8 +270,7 @@ def swapped_in(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> I
 
 def _left(layout: AbstractLayout, exchange: Exchange, pairs: Callable[[], Sequence[Pair]]) -> None:
     try:
-        if not layout.is_current():
-            exchange.move_to(pairs())
+        exchange.move_to(pairs())
     finally:
         exchange.leave()
 
@@ -266,7 +279,7 @@ def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
     """Spread the raw weights to every replica; a rank whose peers do not come gives up instead of waiting for ever."""
     if not layout.publishes:
         return
-    if rendezvous(layout.group, wait=error is not None, grace_s=RENDEZVOUS_GRACE_S):
+    if rendezvous(layout.group, grace_s=RENDEZVOUS_GRACE_S if error is not None else PATIENCE_S):
         layout.publish()
         return
     if error is None:

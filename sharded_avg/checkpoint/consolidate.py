@@ -147,7 +147,7 @@ def manifest_of(source: AbstractSource, facts: Mapping[str, Any]) -> Manifest:
     record = AverageRecord(
         rule=facts.get("rule") or {"kind": "unknown"},
         n_averaged=n_averaged,
-        updates=facts.get("updates") or [[step - n_averaged + 1, step, 1]],  # unknown: taken for the last ones
+        updates=facts.get("updates") or [],
     )
     return Manifest(
         step=step,

@@ -124,7 +124,7 @@ class Conversion:
             **facts,
             "n_averaged": n_averaged,
             "step": step,
-            "updates": [[step - n_averaged + 1, step, 1]],  # which steps they were is not known: the last ones
+            "updates": [],  # nobody recorded which steps they were
             "provenance": {
                 "kind": "convert",
                 "format": source.facts.get("format"),

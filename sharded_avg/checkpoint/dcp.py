@@ -46,22 +46,34 @@ class ShardItem(Tensor):
 
     DCP takes only tensors apart, so this is one: it has the full shape and dtype and no data, and refuses arithmetic.
     `local` is this rank's average, shaped like the region; `None` before the first update. `destination` is where a
-    value that is read goes; it may allocate. DCP's asynchronous save copies the attributes of a tensor subclass, and
-    with `local` the values, before training goes on.
+    value that is read goes; it may allocate. `writes=False`: another rank writes this piece, which may differ here (a
+    buffer of which every rank has its own values). DCP's asynchronous save copies the attributes of a tensor
+    subclass, and with `local` the values, before training goes on.
     """
 
     _patches: dict[tuple[int, ...], Patch]
     _local: Tensor | None
     _destination: Destination
+    _writes: bool
+    is_read: bool  # a load has asked for it
 
     @staticmethod
     def __new__(
-        cls, shape: torch.Size, region: Region, dtype: torch.dtype, local: Tensor | None, destination: Destination
+        cls,
+        shape: torch.Size,
+        region: Region,
+        dtype: torch.dtype,
+        local: Tensor | None,
+        destination: Destination,
+        *,
+        writes: bool = True,
     ) -> ShardItem:
         item: ShardItem = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
         item._patches = {patch.box.offsets: patch for patch in patches(region, tuple(shape))}
         item._local = local
         item._destination = destination
+        item._writes = writes
+        item.is_read = False
         return item
 
     @classmethod
@@ -86,6 +98,7 @@ class ShardItem(Tensor):
         return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        self.is_read = False
         if self._local is None:
             return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
         properties = TensorProperties(dtype=self.dtype)
@@ -95,16 +108,17 @@ class ShardItem(Tensor):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk=self._chunk(patch.box), properties=properties, size=self.shape),
             )
-            for patch in self._patches.values()
+            for patch in (self._patches.values() if self._writes else ())
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        self.is_read = True  # only a load asks this
         return [self._chunk(patch.box) for patch in self._patches.values()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor | str:
         if index.offset is None:
             return NOT_STARTED
-        local = self._local if self._local is not None else self._destination()
+        local = self._destination() if self.is_read or self._local is None else self._local
         return _window(local, self._patches[tuple(index.offset)])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..collectives import agree, gather_objects, rank_in
+from ..collectives import all_or_none, gather_objects, rank_in
 from ..errors import CheckpointError, ShardedAvgError
 from .manifest import Manifest
-from .place import MANIFEST_FILE, AbstractPlace, place_of
+from .place import MANIFEST_FILE, AbstractPlace, Disk, place_of
+from .reader import DcpFolder
 from .safe import safe_storage_reader
 
 Path = str | os.PathLike[str]
@@ -98,6 +100,8 @@ def read_manifest(path: Path, group: dist.ProcessGroup | None = None) -> tuple[s
             found = _find(path)
         except ShardedAvgError as error:
             found = error
+        except Exception as error:  # whatever a storage backend raises; the others wait for an answer
+            found = CheckpointError(f"{path!r} cannot be read: {error!r}")
     found = gather_objects(everyone(group), found)[0]
     if isinstance(found, ShardedAvgError):
         raise found
@@ -111,7 +115,11 @@ def _find(path: Path) -> tuple[str, str]:
     try:
         whole = place.whole()
         if whole is not None:
-            return whole, place.read(f"{whole}/{MANIFEST_FILE}")
+            text = place.read(f"{whole}/{MANIFEST_FILE}")
+            Manifest.from_json(text)
+            if isinstance(place, Disk):
+                DcpFolder(pathlib.Path(whole))  # refuses what is torn, or points elsewhere, before any rank reads
+            return whole, text
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{place.path!r}: {MANIFEST_FILE} cannot be read: {error}") from error
     raise CheckpointError(f"{place.path!r} holds no saved average: {_what_is_there(place)}")
@@ -153,15 +161,14 @@ def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
 
 def _on_rank_0(group: dist.ProcessGroup | None, action: Callable[[], None], doing: str) -> None:
     """Collective: all ranks must call. Rank 0 acts; all ranks raise if it fails."""
-    error: BaseException | None = None
-    try:
-        if rank_in(group) == 0:
-            action()
-    except ShardedAvgError as failure:
-        error = failure
-    except OSError as failure:
-        error = CheckpointError(f"{doing} failed: {failure}")
-    agree(group, error, doing)
+    with all_or_none(group, doing):
+        try:
+            if rank_in(group) == 0:
+                action()
+        except ShardedAvgError:
+            raise
+        except Exception as failure:  # a disk, or whatever a storage backend raises
+            raise CheckpointError(f"{doing} failed: {failure!r}") from failure
 
 
 @contextmanager

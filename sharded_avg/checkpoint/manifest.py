@@ -27,7 +27,7 @@ BESIDE_KEY = "beside"  # in a folder: tensors of the full state that are not ave
 
 @dataclass(frozen=True, kw_only=True)
 class AverageRecord:
-    """One average. `updates` lists [first step, last step, every]."""
+    """One average. `updates` lists [first step, last step, every]; not all of `n_averaged` need be listed."""
 
     rule: Mapping[str, Any]
     n_averaged: int
@@ -35,7 +35,7 @@ class AverageRecord:
 
     @property
     def history(self) -> History:
-        return History.from_lists(self.updates)
+        return History.from_lists(self.updates, self.n_averaged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Manifest:
             known["averages"] = {str(n): _record(AverageRecord, r) for n, r in known["averages"].items()}
             known["tensors"] = {str(n): _record(TensorRecord, r) for n, r in known["tensors"].items()}
             return cls(**known)._checked()
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"the manifest of this average cannot be read: {error!r}") from error
 
     def _checked(self) -> Manifest:
@@ -84,8 +84,7 @@ class Manifest:
         for name, average in self.averages.items():
             _require(_is_count(average.n_averaged), f"n_averaged {average.n_averaged!r} of {name!r}")
             _require(isinstance(average.rule, dict), f"rule {average.rule!r} of {name!r}")
-            updates = average.history.n_averaged
-            _require(updates in (0, average.n_averaged), f"{updates} steps listed for {average.n_averaged} updates")
+            _ = average.history
         for name, tensor in self.tensors.items():
             _require(isinstance(tensor.shape, list) and all(map(_is_count, tensor.shape)), f"shape of {name!r}")
             _require(isinstance(tensor.dtype, str), f"dtype of {name!r}")
@@ -96,7 +95,7 @@ class Manifest:
 
 def _header_checked(text: object) -> dict[str, Any]:
     try:
-        data = json.loads(text) if isinstance(text, str) else None
+        data = json.loads(text, parse_constant=_refuse_constant) if isinstance(text, str) else None
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -107,6 +106,10 @@ def _header_checked(text: object) -> dict[str, Any]:
             "Install a newer sharded_avg"
         )
     return data
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _record(cls: Any, data: Mapping[str, Any]) -> Any:

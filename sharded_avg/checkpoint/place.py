@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 
 MANIFEST_FILE = "manifest.json"
 INCOMING, OUTGOING = ".incoming", ".outgoing"
@@ -178,5 +178,7 @@ class Remote(AbstractPlace):
 
 def place_of(path: str | os.PathLike[str]) -> AbstractPlace:
     """The place of `path`: remote if it is a string with `://` in it."""
-    text = os.fspath(path)
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"path={path!r}: must be the path of a folder, or a URL that fsspec knows")
     return Remote(text) if "://" in text else Disk(text)

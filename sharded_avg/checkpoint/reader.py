@@ -170,13 +170,14 @@ def _index(folder: Path) -> Inert:
             f"{str(folder)!r} is no whole checkpoint folder: {INDEX_FILE} cannot be read ({error.strerror}). DCP "
             "writes it last, so a save that was cut short has none"
         ) from error
-    index = load_inert(data, _admits, what=f"the index {str(file)!r}")
+    index = load_inert(data, admits_index, what=f"the index {str(file)!r}")
     _require(isinstance(index, Inert) and index.kind == f"{_METADATA}.Metadata", "another object")
     checked: Inert = index
     return checked
 
 
-def _admits(module: str, name: str) -> bool:
+def admits_index(module: str, name: str) -> bool:
+    """Whether an index that torch writes names this class."""
     return f"{module}.{name}" in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
 
 

@@ -11,54 +11,31 @@ import pickle
 import zipfile
 from typing import Any, BinaryIO
 
-import torch
-from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ..errors import CheckpointError
-
-_INDEX_CLASSES = {
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},  # looks a torch.layout up by name
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path", "PurePath"},
-}
+from .pickles import load_inert
+from .reader import admits_index
 
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise CheckpointError(
-            f"the index of this checkpoint asks for {module}.{name}, which no index that torch writes contains: it was "
-            "not opened. If you trust the file, re-save it with torch.distributed.checkpoint"
-        )
+        if not admits_index(module, name):
+            raise CheckpointError(f"the index of this checkpoint asks for {module}.{name}: it was not opened")
+        return super().find_class(module, name)
 
 
 def load_index(stream: BinaryIO) -> Metadata:
-    """DCP's index from an open `.metadata` file; raises `CheckpointError` for anything else."""
-    try:
-        index = _IndexUnpickler(io.BytesIO(stream.read())).load()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a pickle that is no pickle can raise anything
-        raise CheckpointError(f"the index of this checkpoint cannot be read: {error!r}") from error
-    if not isinstance(index, dcp_metadata.Metadata) or not isinstance(index.state_dict_metadata, dict):
+    """DCP's index from an open `.metadata` file; raises `CheckpointError` for anything else.
+
+    It is first read as a description, which refuses classes that no index has, changes of classes, and pickles that
+    grow without end; what is then built is made of DCP's own dataclasses.
+    """
+    data = stream.read()
+    load_inert(data, admits_index, what="the index of this checkpoint")
+    index = _IndexUnpickler(io.BytesIO(data)).load()
+    if not isinstance(index, Metadata) or not isinstance(index.state_dict_metadata, dict):
         raise CheckpointError(f"the index of this checkpoint is a {type(index).__name__}, not torch's Metadata")
     return index
 
@@ -80,18 +57,18 @@ class _SafeIndex:
         index.storage_meta.load_id = self.load_id
         return index
 
-
-class _SafeFileReader(_SafeIndex, FileSystemReader):
-    pass
-
     def _slice_file(self, file: Any, sinfo: Any) -> Any:
         """One stored piece, once its checksum is right: torch writes checksums and does not look at them."""
         if getattr(sinfo, "transform_descriptors", None):
-            return super()._slice_file(file, sinfo)
+            return super()._slice_file(file, sinfo)  # type: ignore[misc]
         file.seek(sinfo.offset)
         piece = io.BytesIO(file.read(sinfo.length))
         _check_sums(piece, sinfo)
         return piece
+
+
+class _SafeFileReader(_SafeIndex, FileSystemReader):
+    pass
 
 
 def _check_sums(piece: io.BytesIO, sinfo: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .. import names
 from ..errors import ConfigError, UnsupportedModelError
@@ -31,22 +32,25 @@ def detect(model: nn.Module) -> AbstractLayout:
 
 
 def layout_class(model: nn.Module) -> type[AbstractLayout]:
-    """The layout that claims `model`."""
-    return next(layout for layout in LAYOUTS if layout.claims(model))
-
-
-def _refuse_unfinished(model: nn.Module) -> None:
-    if looks_like_zero(model):
+    """The layout that claims `model`. Raises `UnsupportedModelError` for a module that DeepSpeed has taken over."""
+    if not ZeroLayout.claims(model) and looks_like_zero(model):
         raise UnsupportedModelError(
             f"the parameters of this {type(model).__name__} belong to DeepSpeed ZeRO, which keeps their values "
             "elsewhere: pass the engine that deepspeed.initialize returned, not the module inside it"
         )
+    return next(layout for layout in LAYOUTS if layout.claims(model))
+
+
+def _refuse_unfinished(model: nn.Module) -> None:
     for entry in names.entries(model):
         tensor = entry.tensor
-        if isinstance(tensor, UninitializedParameter):
+        if is_lazy(tensor):
             raise UnsupportedModelError(
-                f"parameter {entry.name!r} of a lazy module has no shape yet: run one forward pass before building "
-                "the average"
+                f"{entry.name!r} of a lazy module has no shape yet: run one forward pass before building the average"
+            )
+        if tensor.layout != torch.strided:
+            raise UnsupportedModelError(
+                f"{entry.name!r} is a sparse tensor ({tensor.layout}), with no flat memory to average: make it dense"
             )
         if tensor.is_meta:
             raise UnsupportedModelError(

@@ -201,7 +201,7 @@ def _all_gather(group: dist.ProcessGroup | None, round_: list[list[Cut]], live: 
     """Collective: all ranks must call. Every rank's cuts, written into the parameters of all."""
     size = max(sum(cut.region.numel for cut in cuts) for cuts in round_)
     dtype = next(live[cut.name].dtype for cuts in round_ for cut in cuts)
-    mine = torch.zeros(size, dtype=dtype, device=comm_device(group))
+    mine = torch.zeros(size, dtype=dtype, device=comm_device(group, next(iter(live.values())).device))
     for cut, window in _windows(round_[rank_in(group)], mine, live):
         window.copy_(piece(live[cut.name], cut.region))
     gathered = torch.empty(size * len(round_), dtype=dtype, device=mine.device)

@@ -344,3 +344,64 @@ def test_live_tensors_moved_between_updates(look):
     average.update()
     with average.summon_full_params() as full:
         assert torch.equal(full["weight"], first.lerp(torch.full((5, 3), 2.0), 0.5))
+
+
+def test_live_tensors_moved_and_looked_at_inside_a_swap():
+    """Whoever re-reads the model inside the swap does not make it forget where the raw weights go."""
+    model = nn.Linear(3, 5)
+    average = ShardedAverage(model, EMA(decay=0.5))
+    average.update()
+    with torch.no_grad():
+        model.weight.add_(1)
+    average.update()
+    raw = model.weight.detach().clone()
+    with average.swapped():
+        model.weight.data = model.weight.data.clone()
+        average.state_dict()
+        with average.summon_full_params():
+            pass
+    assert torch.equal(model.weight, raw)
+
+
+def test_another_average_of_the_same_model_waits():
+    """What is in the model inside a swap is no weight to average."""
+    model = nn.Linear(3, 5)
+    first, second = ShardedAverage(model, SWA()), ShardedAverage(model, SWA())
+    first.update()
+    with first.swapped(), pytest.raises(SwapError, match="another ShardedAverage"):
+        second.update()
+    assert second.update()
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_tensors_that_appear_later(kind):
+    """A buffer that is None until the first forward, or a parameter registered late: in full states, and averaged."""
+    model = nn.Linear(3, 5)
+    model.register_buffer("cache", None)
+    average = ShardedAverage(model, SWA())
+    average.update()
+    if kind == "buffer":
+        model.cache = torch.ones(2)
+    else:
+        model.extra = nn.Parameter(torch.ones(2))
+    average.update()
+    with average.summon_full_params() as full:
+        assert list(full) == list(model.state_dict())
+    assert average.nbytes == (20 + 2 * (kind == "parameter")) * 4
+
+
+def test_no_room_for_newcomers(monkeypatch):
+    """Without memory for a parameter that was unfrozen, the average goes on as it was."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    model[0].requires_grad_(False)
+    average = ShardedAverage(model, SWA())
+    average.update()
+    model[0].requires_grad_(True)
+    with monkeypatch.context() as patched:
+        patched.setattr("sharded_avg.store._empty", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            average.update()
+    assert len(average.state_dict()["average"]) == 2
+    assert average.update()
+    assert average.n_averaged == 2
+    assert average.nbytes == 26 * 4

@@ -152,3 +152,25 @@ class TestModelChangedAfterwards:
         average.update()
         with average.summon_full_params() as full:
             assert torch.equal(full["weight"], first.lerp(torch.ones(5, 3), 0.5))
+
+
+class TestTensorsThatCannotBeAveraged:
+    def test_sparse(self):
+        model = nn.Linear(2, 2)
+        model.weight = nn.Parameter(torch.eye(2).to_sparse())
+        with refused("sparse", UnsupportedModelError):
+            ShardedAverage(model, RULE)
+
+    def test_lazy_buffer(self):
+        with refused("lazy", UnsupportedModelError):
+            ShardedAverage(nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)), RULE)
+
+    def test_storage_in_which_torch_cannot_compute(self):
+        model = nn.ParameterDict({"z": nn.Parameter(torch.ones(2, dtype=torch.complex64))})
+        with refused("'z'.*complex32"):
+            ShardedAverage(model, RULE, dtype=torch.float16)
+        eighth = nn.ParameterDict({"w": nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn))})
+        with refused("'w'.*float8"):
+            ShardedAverage(eighth, RULE, dtype=None)
+        with refused("dtype="):
+            ShardedAverage(nn.Linear(2, 2), RULE, dtype=torch.complex64)

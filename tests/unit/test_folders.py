@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage
 from sharded_avg.checkpoint.place import Disk, Remote, place_of
+from sharded_avg.history import History
 
 # DCP says so from its background thread when there is no process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -254,5 +255,45 @@ def test_saving_where_nothing_can_be_written(tmp_path):
 def test_path_objects_and_strings(tmp_path):
     average_of(1.0).save(str(tmp_path / "a"))
     average_of().load(tmp_path / "a")
-    with pytest.raises((ConfigError, TypeError)):
-        average_of(1.0).save(None)
+    for bad in (None, 3, "", "a\0b"):
+        with pytest.raises(ConfigError, match="path="):
+            average_of(1.0).save(bad)
+
+
+def test_damage_is_noticed_through_urls(tmp_path):
+    average_of(1.0).save(tmp_path / "average")
+    [file] = (tmp_path / "average").glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    data[data.rindex(torch.ones(7).numpy().tobytes())] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        average_of().load(f"file://{tmp_path}/average")
+
+
+def test_saves_in_a_row_wait_for_each_other(path):
+    average = average_of(1.0)
+    average.async_save(path)
+    step(average, average.net, 3.0)
+    average.async_save(path)
+    step(average, average.net, 5.0)
+    average.save(path)
+    fresh = average_of()
+    fresh.load(path)
+    assert (value_of(fresh), fresh.n_averaged) == (3.0, 3)
+
+
+def test_updates_whose_steps_nobody_recorded():
+    """A converted or merged average says how many updates went in, but not which."""
+    history = History.from_lists([], 7).after(20).after(30).after(40)
+    assert (history.n_averaged, history.as_lists()) == (10, [[20, 40, 10]])
+
+
+def test_history_of_an_irregular_schedule_is_bounded():
+    history = History()
+    for step_ in range(3000):
+        if step_ % 3:
+            history = history.after(step_)
+    assert history.n_averaged == 2000
+    assert len(history.as_lists()) <= 256
+    with pytest.raises(ValueError, match="3 steps are listed for 2"):
+        History.from_lists([[1, 3, 1]], 2)

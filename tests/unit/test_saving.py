@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from sharded_avg import EMA, SWA, CheckpointError, Schedule, ShardedAverage, SwapError
+from sharded_avg import EMA, SWA, CheckpointError, ConfigError, Schedule, ShardedAverage, SwapError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RULES = {"ema": EMA(decay=0.9), "mean": SWA()}
@@ -194,5 +195,53 @@ def test_items_are_not_tensors(tmp_path):
         item + 1
     with pytest.raises(CheckpointError, match="cannot be pickled"):
         pickle.dumps(item)
-    with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint"):
+    with pytest.raises(CheckpointError, match="were not read"):
         average.load_state_dict({**average.state_dict(), "ema": {"0.weight": torch.zeros(5, 3)}})
+
+
+def test_a_refused_load_of_the_users_own_checkpoint_changes_nothing(tmp_path):
+    """DCP has read everything before the fit can be judged: into memory of its own."""
+    net = model()
+    average = ShardedAverage(net, RULES)
+    stepped(average, net, 3)
+    dcp.save({"average": average}, checkpoint_id=tmp_path / "run")
+    other = ShardedAverage(net, RULES, dtype=torch.bfloat16)
+    stepped(other, net, 1)
+    before = values(other)
+    with pytest.raises(CheckpointError, match="rounded to bfloat16"):
+        dcp.load({"average": other}, checkpoint_id=tmp_path / "run")
+    after = values(other)
+    assert all(torch.equal(before[name][key], after[name][key]) for name in RULES for key in before[name])
+    assert other.n_averaged == 1
+
+
+def test_a_load_inside_a_swap_changes_nothing(tmp_path):
+    net = model()
+    average = ShardedAverage(net, RULES)
+    stepped(average, net, 2)
+    dcp.save({"average": average}, checkpoint_id=tmp_path / "run")
+    stepped(average, net, 1)
+    before, raw = values(average), {key: value.clone() for key, value in net.state_dict().items()}
+    with average.swapped("ema"), pytest.raises(SwapError):
+        dcp.load({"average": average}, checkpoint_id=tmp_path / "run")
+    after = values(average)
+    assert all(torch.equal(before[name][key], after[name][key]) for name in RULES for key in before[name])
+    assert all(torch.equal(raw[key], value) for key, value in net.state_dict().items())
+
+
+def test_values_that_were_not_read(tmp_path):
+    net = model()
+    average = ShardedAverage(net, RULES)
+    stepped(average, net, 1)
+    state = average.state_dict()
+    for bad in (state, {"manifest": state["manifest"]}):
+        with pytest.raises(CheckpointError, match="were not read"):
+            average.load_state_dict(bad)
+
+
+def test_an_average_is_not_copied():
+    """Two objects on one store would each count half of the updates."""
+    average = ShardedAverage(model(), RULES)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match="cannot be copied or pickled"):
+            copied(average)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ... import names
 from ...errors import LayoutChangedError, UnsupportedModelError
 from ...shard import Box, Shard
-from ..base import AbstractLayout
+from ..base import AbstractLayout, trainable
 from .engine import STAGE_3, is_a, kind, moved_away, need, refuse
 from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
@@ -82,16 +82,20 @@ class ZeroLayout(AbstractLayout):
     def _remember(self, entries: list[names.Entry]) -> None:
         self._entries = [(entry, entry.tensor) for entry in entries]
         self._homes = [getattr(tensor, "ds_tensor", tensor) for _, tensor in self._entries]
-        self._pointers = self._places()
+        self._pointers, self._flags = self._places(), self._trained()
 
     def _places(self) -> list[int]:
         return [tensor.data_ptr() for tensor in (*self._weights.buffers(), *self._homes)]
+
+    def _trained(self) -> list[bool]:
+        return trainable(tensor for _, tensor in self._entries)
 
     def is_current(self) -> bool:
         """Whether names, masters and weights are still where the last `shards()` found them."""
         # dict.get: under stage 3 the slots gather what they return while a forward runs
         same = all(dict.get(entry.slot, entry.key) is tensor for entry, tensor in self._entries)
-        return same and self._pointers == self._places() and self._weights.alive()
+        unmoved = same and self._pointers == self._places() and self._flags == self._trained()
+        return unmoved and self._weights.alive()
 
     @property
     def aliases(self) -> Mapping[str, str]:

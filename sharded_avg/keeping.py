@@ -1,0 +1,94 @@
+"""Averages as something to write and to read.
+
+Incoming   values being read: a store of their own, which becomes the averages' only when all of them are there
+items_of   one ShardItem for each averaged shard: where its value is now, and where a value that is read goes
+describe   the manifest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .checkpoint.dcp import Destination, ShardItem
+from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
+from .collectives import rank_in
+from .history import History
+from .members import Members
+from .rules import AbstractRule
+from .schedule import WhenFn, schedule_settings
+from .shard import Box, Shard
+from .store import Store
+from .version import __version__
+
+
+class Incoming:
+    """Values being read. Takes memory when the first byte arrives."""
+
+    def __init__(self, members: Members, present: Store) -> None:
+        self._members = members
+        self.store = present.like()
+
+    def arrange(self) -> None:
+        """Make room, filled with the live weights."""
+        if not self.store.arranged:
+            self.store.arrange(self._members.averaged)
+
+    def view(self, average: str, shard_name: str) -> Tensor:
+        """Where one value goes."""
+        self.arrange()
+        return self.store.view(average, shard_name)
+
+
+def items_of(
+    average: str,
+    members: Members,
+    incoming: Incoming,
+    *,
+    present: Callable[[Shard], Tensor] | None,
+    left_out: Collection[str] = (),
+) -> dict[str, ShardItem]:
+    """The items of one average; `present` tells where a value is now, and is `None` before the first update."""
+    group = members.layout.group
+    items = {}
+    for shard in members.averaged:
+        if shard.name not in left_out:
+            # Buffers may differ between ranks that each hold all of them: what is saved is rank 0's.
+            elsewhere = shard.is_buffer and shard.region == Box.whole(shard.shape) and rank_in(group) != 0
+            items[shard.name] = ShardItem(
+                shard.shape,
+                shard.region,
+                incoming.store.dtype_of(shard),
+                present(shard) if present is not None else None,
+                Destination(partial(incoming.view, average, shard.name)),
+                writes=not elsewhere,
+            )
+    return items
+
+
+def describe(
+    members: Members,
+    store: Store,
+    rules: Mapping[str, AbstractRule],
+    histories: Mapping[str, History],
+    step: int,
+    schedule: WhenFn,
+) -> Manifest:
+    """What is saved says this about itself."""
+    dtypes = {shard.name: str(store.dtype_of(shard)).removeprefix("torch.") for shard in members.averaged}
+    averages = {}
+    for name, rule in rules.items():
+        history = histories[name]
+        averages[name] = AverageRecord(rule=rule.settings(), n_averaged=history.n_averaged, updates=history.as_lists())
+    return Manifest(
+        step=step,
+        averages=averages,
+        tensors={s.name: TensorRecord(shape=list(s.shape), dtype=dtypes[s.name]) for s in members.averaged},
+        aliases={alias: name for alias, name in members.layout.aliases.items() if name in dtypes},
+        schedule=schedule_settings(schedule),
+        package=__version__,
+        torch=str(torch.__version__),
+    )
