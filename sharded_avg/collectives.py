@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerError
+from .errors import LayoutChangedError, PeerError
 
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _ALL_HERE, _GAVE_UP = b"all here", b"gave up"
@@ -28,13 +28,25 @@ _rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls o
 def rank_in(group: dist.ProcessGroup | None) -> int:
     """This process's rank in `group`; without a group, its rank in the job (0 if there is no process group at all)."""
     if group is not None:
+        _require_alive()
         return dist.get_rank(group)
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
     """Number of ranks in `group`; 1 without one."""
-    return 1 if group is None else dist.get_world_size(group)
+    if group is None:
+        return 1
+    _require_alive()
+    return dist.get_world_size(group)
+
+
+def _require_alive() -> None:
+    if not dist.is_initialized():
+        raise LayoutChangedError(
+            "the process group that shards this model is gone (destroy_process_group() was called): save or export "
+            "averages before that"
+        )
 
 
 def comm_device(group: dist.ProcessGroup | None, prefer: torch.device | None = None) -> torch.device:
