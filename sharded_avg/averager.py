@@ -26,7 +26,7 @@ from .arguments import MANIFEST_KEY, as_device, as_dtype, as_rules, as_schedule,
 from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
 from .checkpoint.manifest import Manifest
-from .collectives import all_or_none
+from .collectives import all_or_none, gloo_twin
 from .errors import CheckpointError, ConfigError, NotStartedError, SwapError
 from .history import History
 from .keeping import Incoming, describe, items_of
@@ -262,8 +262,7 @@ class ShardedAverage:
         """
         group = self._quiet_group()
         if self._carrier is None and group is not None:
-            ranks = sorted(dist.get_process_group_ranks(group))
-            self._carrier = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            self._carrier = gloo_twin(group)
         with all_or_none(group, "collecting what is saved"):
             state = self.state_dict()
         self._pending = save_folder_async(path, state, self._manifest(), group, self._carrier)

@@ -135,3 +135,13 @@ def send(buffer: Tensor, *, group: dist.ProcessGroup, src: int, dst: int | None)
         dist.send(buffer, dst=dist.get_global_rank(group, dst), group=group)
     elif me == dst and src != dst:
         dist.recv(buffer, src=source, group=group)
+
+
+def gloo_twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Collective: all ranks must call. A gloo group of the same ranks, for traffic beside the training's."""
+    ranks = sorted(dist.get_process_group_ranks(group))
+    # Made by its members alone where the job has other ranks. Not otherwise: torch then names the group after the
+    # number of groups that a rank is in, which ranks need not have in common.
+    alone = len(ranks) < dist.get_world_size()
+    twin: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=alone)
+    return twin
