@@ -128,8 +128,6 @@ Engine = of_deepspeed("DeepSpeedEngine", Stage3)
     [
         (of_deepspeed("PipelineEngine", Engine)(), "pipeline"),
         (of_deepspeed("DeepSpeedHybridEngine", Engine)(), "hybrid"),
-        (Engine(optimizer=""), "no optimizer"),
-        (Engine(optimizer="DeepSpeedZeRoOffload"), "no optimizer"),
         (Engine(has_moe_layers=True), "MoE"),
         (Engine(mp_world_size=2), "tensor parallel"),
         (Engine(zenflow=True), "zenflow"),

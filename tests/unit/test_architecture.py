@@ -60,15 +60,20 @@ FLOORS = {
     "checkpoint.open": 5,
     "keeping": 6,
     "summon": 6,
+    "diagnostics": 6,
+    "finite": 6,
+    "replaced": 6,
+    "loading": 7,
+    "keeper": 8,
     "checkpoint.consolidate": 7,
     "checkpoint.convert": 8,
     "checkpoint.inspect": 6,
-    "averager": 7,
-    "": 8,  # sharded_avg/__init__.py
-    "benchmark": 9,
-    "lightning": 9,
-    "cli": 10,
-    "__main__": 11,
+    "averager": 9,
+    "": 10,  # sharded_avg/__init__.py
+    "benchmark": 11,
+    "lightning": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 EMPTY = {"checkpoint", "layouts"}  # __init__.py files that must stay empty, so that they have no floor
 # (importer, imported): upward imports inside a function, each with a reason beside it.

@@ -17,6 +17,7 @@ FLAT_ATTRIBUTES = {
     "FP16_Optimizer": ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat"),
 }
 STAGE_3, UNFUSED = "DeepSpeedZeroOptimizer_Stage3", "FP16_UnfusedOptimizer"
+STAGE_3_EVALUATION = "DeepSpeedZeRoOffload"  # what stands in the optimizer's place where there is none
 
 
 def kind(optimizer: Any) -> str:
@@ -68,9 +69,10 @@ def moved_away(engine: Any) -> str:
     return ", ".join(sorted(str(getattr(state, "value", state)) for state in states))
 
 
-def _without_masters(engine: Any) -> bool:
+def never_steps(engine: Any) -> bool:
+    """Whether it has no optimizer: an engine for evaluation only."""
     optimizer = engine.optimizer
-    idle = optimizer is None or is_a(optimizer, "DeepSpeedZeRoOffload") or is_a(optimizer, "DummyOptim")
+    idle = optimizer is None or is_a(optimizer, STAGE_3_EVALUATION) or is_a(optimizer, "DummyOptim")
     return idle or not getattr(optimizer, "using_real_optimizer", True)
 
 
@@ -86,6 +88,8 @@ def _quantized(engine: Any) -> bool:
 
 def _unknown_optimizer(engine: Any) -> bool:
     optimizer = engine.optimizer
+    if never_steps(engine):
+        return False
     return not kind(optimizer) and (engine.zero_optimization_stage() > 0 or is_a(optimizer, "DeepSpeedOptimizer"))
 
 
@@ -104,11 +108,6 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         lambda engine: is_a(engine, "DeepSpeedHybridEngine"),
         "the hybrid engine keeps further copies of the weights for generation, which an exchange would miss",
         "set hybrid_engine.enabled to false",
-    ),
-    (
-        _without_masters,
-        "it has no optimizer, so no step ever changes its weights",
-        "pass the engine that trains: give deepspeed.initialize an optimizer, in the config or as an argument",
     ),
     (
         lambda engine: bool(getattr(engine, "has_moe_layers", False)),

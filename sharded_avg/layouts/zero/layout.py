@@ -12,7 +12,7 @@ from ... import names
 from ...errors import LayoutChangedError, UnsupportedModelError
 from ...shard import Box, Shard
 from ..base import AbstractLayout, trainable
-from .engine import STAGE_3, is_a, kind, moved_away, need, refuse
+from .engine import STAGE_3, STAGE_3_EVALUATION, is_a, kind, moved_away, need, never_steps, refuse
 from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
 from .replicated import Replicated
@@ -119,7 +119,15 @@ class ZeroLayout(AbstractLayout):
         return isinstance(self._weights, Partitioned) or dist.get_world_size(self._group) > 1
 
     def step_was_skipped(self) -> bool:
-        """Whether the last `engine.step()` was inside gradient accumulation, or an fp16 overflow."""
+        """Whether the last `engine.step()` was inside gradient accumulation, or an fp16 overflow.
+
+        Raises `UnsupportedModelError` for an engine without an optimizer: it is good for evaluation only.
+        """
+        if never_steps(self._engine):
+            raise UnsupportedModelError(
+                "this DeepSpeed engine has no optimizer, so no step ever changes its weights and update() would "
+                "average nothing: pass the engine that trains (give deepspeed.initialize an optimizer)"
+            )
         return not self._engine.was_step_applied()
 
 
@@ -133,4 +141,5 @@ def _shard(entry: names.Entry, piece: Piece | None) -> Shard:
 
 
 def _weights_of(engine: Any, group: dist.ProcessGroup) -> AbstractWeights:
-    return Partitioned(engine) if kind(engine.optimizer) == STAGE_3 else Replicated(engine, group)
+    partitioned = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
+    return Partitioned(engine) if partitioned else Replicated(engine, group)

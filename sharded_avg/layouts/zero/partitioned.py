@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ...shard import Interval
-from .engine import need
+from .engine import STAGE_3_EVALUATION, is_a, need, never_steps
 from .piece import EMPTY, AbstractWeights, Piece
 
 _PARAMETER_ATTRIBUTES = (
@@ -54,7 +54,8 @@ class Partitioned(AbstractWeights):
         return [tensor for _, *tensors in self._groups() for tensor in tensors]
 
     def alive(self) -> bool:
-        hook = need(need(self._optimizer, "parameter_offload"), "fwd_pre_hook")
+        idle = is_a(self._optimizer, STAGE_3_EVALUATION)
+        hook = need(self._optimizer if idle else need(self._optimizer, "parameter_offload"), "fwd_pre_hook")
         return hook.id in self._engine.module._forward_pre_hooks
 
     def release(self) -> None:
@@ -82,6 +83,8 @@ class Partitioned(AbstractWeights):
             )
 
     def _groups(self) -> Iterator[tuple[list[Any], Tensor, Tensor]]:
+        if never_steps(self._engine):
+            return iter(())
         attributes = ("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat")
         return zip(*(need(self._optimizer, name) for name in attributes), strict=True)
 

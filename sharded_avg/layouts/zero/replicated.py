@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import LayoutChangedError
 from ...shard import Box
-from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need
+from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need, never_steps
 from .piece import AbstractWeights, Piece
 from .run import Run, Span
 
@@ -99,7 +99,7 @@ class Replicated(AbstractWeights):
     def _loose(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
         """Group, parameter and master of every trained parameter that lies by itself; in fp32 it is its own master."""
         optimizer = self._engine.optimizer
-        if (known := kind(optimizer)) in FLAT_ATTRIBUTES:
+        if (known := kind(optimizer)) in FLAT_ATTRIBUTES or never_steps(self._engine):
             return
         groups = [group["params"] for group in optimizer.param_groups]
         params = need(optimizer, "fp16_groups") if known == UNFUSED else groups

@@ -1,0 +1,46 @@
+"""How far an average is from the live weights: one small reduction, nothing of the size of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import comm_device, gather_objects, rank_in, size_of
+from .kernels import split
+from .shard import Region, Shard
+
+CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
+
+
+def distance(shards: Sequence[Shard], average_of: Callable[[Shard], Tensor], group: dist.ProcessGroup | None) -> float:
+    """Collective: all ranks must call. ||live - average|| / ||live|| over all elements of all ranks, each once.
+
+    0 if both are equal; infinite if only the live weights are zero. Computed in float64.
+    """
+    device = comm_device(group, shards[0].tensor.device if shards else None)
+    sums = torch.zeros(2, dtype=torch.float64)  # of squares: of the difference, and of the live weights
+    for shard in _owned(shards, group):
+        for pair in split((shard.tensor, average_of(shard)), CHUNK_ELEMENTS):
+            sums += _squares(*pair)
+    if size_of(group) > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums, group=group)
+    apart, size = sums.tolist()
+    return sqrt(apart / size) if size else (float("inf") if apart else 0.0)
+
+
+def _squares(live: Tensor, average: Tensor) -> Tensor:
+    wide = torch.complex128 if live.is_complex() else torch.float64
+    live, average = live.to(wide), average.to(live.device, wide)
+    return torch.stack([(live - average).abs().square().sum(), live.abs().square().sum()]).cpu()
+
+
+def _owned(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[Shard]:
+    """The shards that this rank counts: of equal regions on several ranks (replicas), the lowest rank's."""
+    held: list[dict[str, Region]] = gather_objects(group, {s.name: s.region for s in shards})
+    me = rank_in(group) if group is not None else 0
+    return [s for s in shards if not any(table.get(s.name) == s.region for table in held[:me])]
