@@ -10,6 +10,7 @@ with average.swapped():         # the model computes with averaged weights
 """
 
 from .averager import ShardedAverage
+from .buffers import averaged_buffers, refreshed_batch_norm
 from .checkpoint.open import load_averaged_state_dict
 from .errors import (
     CheckpointError,
@@ -43,5 +44,7 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "SwapError",
     "UnsupportedModelError",
     "__version__",
+    "averaged_buffers",
     "load_averaged_state_dict",
+    "refreshed_batch_norm",
 ]

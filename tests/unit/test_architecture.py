@@ -60,6 +60,7 @@ FLOORS = {
     "checkpoint.open": 5,
     "keeping": 6,
     "summon": 6,
+    "buffers": 6,
     "diagnostics": 6,
     "finite": 6,
     "replaced": 6,

@@ -1,0 +1,72 @@
+"""Whether values are finite on every rank: a decision that all ranks take alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import comm_device, size_of
+from .errors import PeerError
+
+_FAILED, _NOT_FINITE, _FINITE = -1, 0, 1  # the worst answer wins: ranks take the minimum
+_NARROW = 1  # bytes an element: 8-bit floats, which torch has no norms for
+_CHUNK_NUMEL = 1 << 20
+
+
+@torch.no_grad()
+def all_finite(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> bool:
+    """Collective: all ranks must call. Whether no rank's `tensors` hold a NaN or an infinity.
+
+    Ranks may bring different tensors, or none; empty ones and integers are finite. One pass over local memory without
+    a copy of it, one number from each device to the host, and one all-reduce of four bytes. If a rank cannot look at
+    its tensors it raises why, and the others raise `PeerError`.
+    """
+    error: BaseException | None = None
+    try:
+        answer = _FINITE if _finite_here(tensors) else _NOT_FINITE
+    except BaseException as failure:
+        answer, error = _FAILED, failure
+    worst = _minimum(answer, group)
+    if error is not None:
+        raise error
+    if worst == _FAILED:
+        raise PeerError(
+            "another rank failed while looking for NaN and infinity, so nothing is known about its values. The cause "
+            "is in the traceback of that rank."
+        )
+    return worst == _FINITE
+
+
+def _finite_here(tensors: Iterable[Tensor]) -> bool:
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
+            real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+            groups.setdefault((real.device, real.dtype), []).append(real)
+    largest: dict[torch.device, list[Tensor]] = {}
+    for (device, _), members in groups.items():
+        largest.setdefault(device, []).extend(_largest(members))
+    # A NaN or an infinity is the largest of everything it is compared with, so one number a device tells.
+    flags = [torch.stack(values).isfinite().all() for values in largest.values()]
+    return all(map(bool, flags))
+
+
+def _largest(tensors: list[Tensor]) -> Iterator[Tensor]:
+    """The largest magnitude of each tensor, as float64 scalars: NaN where there is a NaN."""
+    if tensors[0].element_size() == _NARROW:
+        for flat in (tensor.reshape(-1) for tensor in tensors):
+            for start in range(0, flat.numel(), _CHUNK_NUMEL):
+                yield flat[start : start + _CHUNK_NUMEL].float().abs().amax().double()
+    else:
+        yield from (norm.double() for norm in torch._foreach_norm(tensors, float("inf")))
+
+
+def _minimum(answer: int, group: dist.ProcessGroup | None) -> int:
+    if size_of(group) == 1:
+        return answer
+    flag = torch.tensor([answer], dtype=torch.int32, device=comm_device(group))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return int(flag)
