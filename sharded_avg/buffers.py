@@ -48,8 +48,9 @@ class _Buffer:
 
     def put_back(self) -> None:
         live = self.slot.get(self.key)
-        if live is None:
-            self.slot[self.key] = self.values.clone()
+        if live is None or live.is_inference():
+            with torch.inference_mode(False):  # training could not write to a tensor that was made under it
+                self.slot[self.key] = self.values.clone()
         elif live.shape == self.values.shape:  # else a cache that was built anew for another size: leave it
             live.copy_(self.values)
 
