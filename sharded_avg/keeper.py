@@ -51,6 +51,11 @@ class AbstractKeeper:
         self._carrier: dist.ProcessGroup | None = None
         self._swapped: str | None = None
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the model together; `None` where each process holds all of it."""
+        return self._members.layout.group
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Collective: all ranks must call. Write a torch.distributed.checkpoint folder that any engine can load.
 
@@ -61,7 +66,7 @@ class AbstractKeeper:
         group = self._quiet_group()
         with all_or_none(group, "collecting what is saved"):
             state = self.state_dict()
-        save_folder(path, state, self._manifest(), group)
+        save_folder(path, state, self.manifest(), group)
 
     def async_save(self, path: str | os.PathLike[str]) -> PendingSave:
         """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
@@ -75,7 +80,7 @@ class AbstractKeeper:
             self._carrier = gloo_twin(group)
         with all_or_none(group, "collecting what is saved"):
             state = self.state_dict()
-        self._pending = save_folder_async(path, state, self._manifest(), group, self._carrier)
+        self._pending = save_folder_async(path, state, self.manifest(), group, self._carrier)
         return self._pending
 
     def _quiet_group(self) -> dist.ProcessGroup | None:
@@ -130,7 +135,7 @@ class AbstractKeeper:
         self._refuse_while_swapped("take_from()")
         with all_or_none(self._members.layout.group, "taking averages over from another object"):
             self._refuse_other_cuts(other)
-            loading = self._loading(manifest := other._manifest(), self._fit(manifest, strict=False))
+            loading = self._loading(manifest := other.manifest(), self._fit(manifest, strict=False))
             loading.fill(lambda name, shard: other._store.view(name, shard.name))
         self._take_over(loading)
 
@@ -145,7 +150,7 @@ class AbstractKeeper:
 
     def _fit(self, manifest: Manifest, strict: bool) -> LoadResult:
         self._members.refresh()
-        result = compare(manifest, self._manifest())
+        result = compare(manifest, self.manifest())
         if strict:
             result.require_all()
         return result
@@ -169,7 +174,7 @@ class AbstractKeeper:
         """
         self._members.refresh()
         self._incoming = Incoming(self._members, self._store)
-        state: dict[str, Any] = {MANIFEST_KEY: self._manifest().to_json()}
+        state: dict[str, Any] = {MANIFEST_KEY: self.manifest().to_json()}
         for name, history in self._histories.items():
             present = partial(self._average_of, name) if history.n_averaged else None
             state[name] = items_of(name, self._members, self._incoming, present=present)
@@ -199,7 +204,8 @@ class AbstractKeeper:
             )
         self._take_over(loading)
 
-    def _manifest(self) -> Manifest:
+    def manifest(self) -> Manifest:
+        """What a save at this moment would say about itself. Local."""
         return describe(self._members, self._store, self._rules, self._histories, self._step, self._schedule)
 
     def _pair(self, name: str, shard: Shard) -> Pair:

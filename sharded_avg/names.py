@@ -48,6 +48,11 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def clean(key: str) -> str:
+    """A key of a wrapped module's `state_dict()` as the user's own module has it."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPED)
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under its clean prefix ("" or "a.b."), without wrappers; shared ones under each of their names."""
     module = unwrap(module)

@@ -188,6 +188,7 @@ def _footprint(shard: Shard) -> tuple[object, ...]:
     return shard.name, shard.region, tensor.shape, tensor.stride(), tensor.device, tensor.dtype, shard.dtype
 
 
+@torch.inference_mode(False)  # an average that is first loaded for an evaluation may be updated after it
 def _empty(numel: int, key: Key, shards: list[Shard]) -> Tensor:
     device, dtype = key
     pinned = device.type == "cpu" and any(shard.tensor.is_cuda for shard in shards)

@@ -222,6 +222,8 @@ def _is_cast(target: Tensor, master: Tensor) -> bool:
     return all(torch.equal(low, high.to(low.dtype).to(low.device)) for low, high in pieces)
 
 
+@torch.inference_mode(False)  # scratch that is made under inference mode could not be written after it
+@torch.no_grad()
 def _entered(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> Exchange:
     """Collective: all ranks must call. Exchange locally on every rank, or on none."""
     exchange, error = None, None
@@ -253,28 +255,36 @@ def swapped_in(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> I
     exchange = _entered(layout, pairs)
     error: BaseException | None = None
     try:
-        layout.publish()
+        _publish(layout)
         yield
     except BaseException as failure:
         error = failure
         raise
     finally:
         try:
-            layout.release()
+            _left(layout, exchange, pairs)
         finally:
-            try:
-                _left(layout, exchange, pairs)
-            finally:
-                _republish(layout, error)
+            _republish(layout, error)
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
+def _publish(layout: AbstractLayout) -> None:
+    layout.publish()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
 def _left(layout: AbstractLayout, exchange: Exchange, pairs: Callable[[], Sequence[Pair]]) -> None:
     try:
+        layout.release()
         exchange.move_to(pairs())
     finally:
         exchange.leave()
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
     """Spread the raw weights to every replica; a rank whose peers do not come gives up instead of waiting for ever."""
     if not layout.publishes:

@@ -64,6 +64,7 @@ FLOORS = {
     "diagnostics": 6,
     "finite": 6,
     "replaced": 6,
+    "live": 7,
     "loading": 7,
     "keeper": 8,
     "checkpoint.consolidate": 7,

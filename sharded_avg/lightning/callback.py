@@ -1,0 +1,374 @@
+"""WeightAveraging: which hook of Lightning does what.
+
+setup                 stand where the trainer saves and loads
+on_train_start        build the average, from what the strategy has sharded; take over what waits for it
+on_train_batch_end    update, if an optimizer stepped
+on_*_start, on_*_end  the average in and out, for validation, test and predict
+on_train_end          the average into the model for good; the raw weights stay in host memory
+on_exception          the raw weights back, before anybody saves
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import ReferenceType, ref
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from ..averager import ShardedAverage
+from ..errors import ConfigError
+from ..rules import AbstractLerpRule, AbstractRule, AvgFn, MultiAvgFn
+from .passes import BothPasses
+from .patches import replaced, stand_in
+from .resuming import LoadHook, Pending, load_quietly
+from .saving import SaveHook
+from .settings import Included, count, one_of, one_rule
+from .stepping import StepWatch
+from .trainers import callback_class, check, evaluation_loops
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+else:
+    Callback = callback_class()
+
+
+class WeightAveraging(Callback):
+    """Lightning's `WeightAveraging`, with the average kept sharded beside the model, under every strategy.
+
+    `device`, `use_buffers`, `avg_fn` and `multi_avg_fn` are the arguments of Lightning's callback, and overriding
+    `should_update` decides when to update. The other arguments are this package's own.
+
+    Args:
+        device: where averages live; `None` is beside the weights, "cpu" host memory (pinned beside a GPU).
+        use_buffers: average floating-point persistent buffers too; if not, the live buffers are used.
+        avg_fn: elementwise `avg_fn(averaged, current, num_averaged) -> averaged`; by default, the equal-weight mean.
+        multi_avg_fn: the same on lists, in place.
+        rule: one of this package's rules, instead of a function.
+        include: `include(name, tensor) -> bool` chooses parameters; by default those that require grad.
+        evaluate_with: "average", "raw", or "both": then each validation and test first runs on the raw weights, with
+            `raw_prefix` before the names of its metrics, and then on the average.
+        raw_prefix: of the metrics of raw weights, with evaluate_with="both".
+        end_with: "average" leaves the average in the model at the end of training, "raw" the raw weights.
+        strict: whether an average in a checkpoint that is torn or does not fit is an error; if not, a new average
+            starts from the checkpoint's weights, with a warning.
+        skip_nonfinite: look at the weights before each update, and leave it out if some are NaN or infinite, on any
+            rank: a pass over the weights, a host sync and a small reduction each time.
+        log_every_n_updates: log the effective decay and the distance between live and averaged weights that often, as
+            "average/decay" and "average/distance": one small reduction each time. 0 does not.
+
+    `average` is the `ShardedAverage` once training has begun, and `None` before.
+
+    Raises `ConfigError` for arguments that cannot be.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        avg_fn: AvgFn | None = None,
+        multi_avg_fn: MultiAvgFn | None = None,
+        *,
+        rule: AbstractRule | None = None,
+        include: Callable[[str, Tensor], bool] | None = None,
+        evaluate_with: Literal["average", "raw", "both"] = "average",
+        raw_prefix: str = "raw/",
+        end_with: Literal["average", "raw"] = "average",
+        strict: bool = True,
+        skip_nonfinite: bool = False,
+        log_every_n_updates: int = 0,
+    ) -> None:
+        self.rule = one_rule(rule, avg_fn, multi_avg_fn)
+        self.device, self.use_buffers, self.include = device, use_buffers, include
+        self.evaluate_with = one_of("evaluate_with", evaluate_with)
+        self.end_with = one_of("end_with", end_with)
+        self.raw_prefix, self.strict, self.skip_nonfinite = raw_prefix, strict, skip_nonfinite
+        self.log_every_n_updates = count("log_every_n_updates", log_every_n_updates) or 0
+        self._latest_update_step = 0
+        self._latest_update_epoch = -1
+        self.current_epoch = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of a run: what a new, copied or unpickled callback has."""
+        self.training_weights: Weights | None = None
+        self._module: ReferenceType[Any] | None = None  # whose weights these are
+        self._loaded_weights: Weights | None = None  # of a checkpoint, for one evaluation
+        self._pending: Pending | None = None
+        self._model_has_loaded_weights = False  # an evaluation loaded a checkpoint over those of the training
+        self._watch: StepWatch | None = None
+        self._during_run = ExitStack()
+        self._is_raw_pass = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = type(self).__new__(type(self))
+        fresh.__dict__.update(self.__dict__)
+        fresh._forget()
+        state = dict(fresh.__dict__)
+        del state["_during_run"]  # an ExitStack cannot be pickled
+        state.pop("log", None)  # bound to the module by Lightning, which binds it again
+        state.pop("log_dict", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    @property
+    def average(self) -> ShardedAverage | None:
+        """The average of the weights that are being trained, or were; `None` before training."""
+        return None if self.training_weights is None else self.training_weights.average
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to update after an optimizer step, or after an epoch; override it. All ranks must decide alike.
+
+        One argument is given, and counts from 0: `step_idx` is how many batches with an optimizer step came before
+        (whatever `accumulate_grad_batches` and the number of optimizers; skipped steps do not count), `epoch_idx` the
+        epoch. By default, after every step.
+        """
+        return step_idx is not None
+
+    # -- a run begins ----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Stand where the trainer saves and loads, from here on: it may save long after the run."""
+        others = [c for c in trainer.callbacks if isinstance(c, WeightAveraging) and c is not self]
+        if others:
+            raise ConfigError(
+                f"the trainer has two averaging callbacks, {type(self).__name__} and {type(others[0]).__name__}, and a "
+                "checkpoint has room for one average under Lightning's keys: keep one of them"
+            )
+        check(trainer)
+        stand_in(self, trainer, trainer, "save_checkpoint", SaveHook)
+        stand_in(self, trainer, trainer.strategy, "load_checkpoint", LoadHook)
+        self._pending, self._loaded_weights = None, None
+        if self.evaluate_with == "both":
+            for loop in evaluation_loops(trainer):
+                passes = replaced(loop, "run", lambda run: BothPasses(self, trainer, run))
+                self._during_run.enter_context(passes)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. Build the average; lazy layers put it off until the first step."""
+        self._watch = StepWatch(trainer, trainer.strategy.optimizers)
+        if not any(is_lazy(parameter) for parameter in pl_module.parameters()):
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Any, pl_module: Any) -> Weights:
+        before = self.training_weights if self._module is not None and self._module() is pl_module else None
+        model, pending = trainer.strategy.model, self._pending
+        if before is not None and self._goes_on():
+            weights = before if before.is_of(model) else Weights(self._built(model), model)
+            if weights is not before:
+                weights.succeed(before)
+            if not weights.unfinish():
+                self.say("the weights were changed since the last fit: a new average starts from them")
+                weights = Weights(self._built(model), model)
+        else:
+            weights = Weights(self._built(model, pending), model)
+            if pending is not None and (problem := load_quietly(pending, weights.average, self.strict)):
+                self.say(f"a new average starts from the weights of the checkpoint: {problem}")
+                weights = Weights(self._built(model), model)
+        self.training_weights, self._module = weights, ref(pl_module)
+        self._pending, self._model_has_loaded_weights = None, False
+        return weights
+
+    def _goes_on(self) -> bool:
+        """Whether this fit continues an earlier one of the same trainer or module."""
+        return self._pending is None and not self._model_has_loaded_weights
+
+    def _built(self, model: Any, pending: Pending | None = None) -> ShardedAverage:
+        saved = frozenset() if pending is None else frozenset(pending.names)
+        with torch.inference_mode(False):
+            return ShardedAverage(
+                model,
+                self.rule,
+                device=self.device,  # type: ignore[arg-type]
+                buffers="average" if self.use_buffers else "copy",
+                include=Included(self.include, saved) if self.include is not None or saved else None,
+                schedule=self._is_due,
+            )
+
+    # -- updating --------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Update, once for each batch with a real optimizer step; at the end of an epoch, before its validation."""
+        if self._watch is not None and self._watch.stepped():
+            weights = self.training_weights if self._has_begun(pl_module) else self._begin(trainer, pl_module)
+            if weights is not None:
+                self._update(weights, trainer, pl_module)
+        if trainer.is_last_batch:
+            self._epoch_ended(trainer, pl_module)
+
+    def _has_begun(self, pl_module: Any) -> bool:
+        return self.training_weights is not None and self._module is not None and self._module() is pl_module
+
+    def _update(self, weights: Weights, trainer: Any, pl_module: Any) -> None:
+        self.current_epoch = trainer.current_epoch
+        if self._refuses_nonfinite(weights) or not weights.average.update():
+            return
+        self._latest_update_step = trainer.global_step
+        if self.log_every_n_updates and weights.average.n_averaged % self.log_every_n_updates == 0:
+            self._log(weights.average, pl_module)
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self.should_update(step_idx=step - 1))
+
+    def _refuses_nonfinite(self, weights: Weights) -> bool:
+        if not self.skip_nonfinite or weights.average.live_is_finite():
+            return False
+        self.say("the weights have a NaN or an infinity: this update of the average is left out")
+        return True
+
+    def _log(self, average: ShardedAverage, pl_module: Any) -> None:
+        values = {"average/distance": average.distance()}
+        if isinstance(self.rule, AbstractLerpRule):
+            values["average/decay"] = 1 - self.rule.weight(average.n_averaged)
+        pl_module.log_dict(values, on_step=True, on_epoch=False)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Update after the epoch, if the last batch did not see that it was one."""
+        self._epoch_ended(trainer, pl_module)
+
+    def _epoch_ended(self, trainer: Any, pl_module: Any) -> None:
+        epoch, weights = trainer.current_epoch, self.training_weights
+        if epoch <= self._latest_update_epoch or weights is None or not self.should_update(epoch_idx=epoch):
+            return
+        if not self._refuses_nonfinite(weights):
+            weights.average.update(unscheduled=True)
+            self._latest_update_epoch = epoch
+
+    # -- evaluating ------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The average in."""
+        self._enter(trainer, pl_module)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The average in."""
+        self._enter(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The average in."""
+        self._enter(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The raw weights back."""
+        self._leave()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The raw weights back."""
+        self._leave()
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The raw weights back."""
+        self._leave()
+
+    def _enter(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        weights = self._to_evaluate(trainer, pl_module)
+        if weights is not None and self.evaluate_with != "raw" and not self._is_raw_pass:
+            weights.enter()
+
+    def _to_evaluate(self, trainer: Any, pl_module: Any) -> Weights | None:
+        """The weights whose average is to be looked at; `None` if the model holds what is to be."""
+        if trainer.state.fn == "fit":
+            return self.training_weights
+        if self._pending is not None:
+            self._bring_in(trainer.strategy.model, self._pending)
+        if self._model_has_loaded_weights:
+            return self._loaded_weights
+        return self.training_weights if self._has_begun(pl_module) else None
+
+    def _bring_in(self, model: Any, pending: Pending) -> None:
+        """The average of a checkpoint that is evaluated: into the model, or beside it if both are looked at."""
+        self._pending = None
+        if self.evaluate_with == "raw" or not pending.n_averaged:
+            return
+        weights = Weights(self._built(model, pending), model)
+        if problem := load_quietly(pending, weights.average, self.strict):
+            self.say(f"the raw weights of the checkpoint are evaluated: {problem}")
+        elif self.evaluate_with == "both":
+            self._loaded_weights = weights
+        else:
+            with torch.inference_mode(False):
+                weights.average.copy_to_model()
+
+    @contextmanager
+    def raw_pass(self, trainer: Any) -> Iterator[None]:
+        """Collective: all ranks must call. Inside, evaluations are of the raw weights."""
+        weights = None if trainer.state.fn == "fit" or self._pending is not None else self.weights_in_model
+        with weights.raw() if weights is not None else nullcontext():
+            self._is_raw_pass = True
+            try:
+                yield
+            finally:
+                self._is_raw_pass = False
+
+    @property
+    def weights_in_model(self) -> Weights | None:
+        """The weights of the training, unless an evaluation has loaded others over them."""
+        return None if self._model_has_loaded_weights else self.training_weights
+
+    def _leave(self, error: BaseException | None = None) -> None:
+        for weights in (self.training_weights, self._loaded_weights):
+            if weights is not None:
+                weights.leave(error)
+
+    # -- a run ends ------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The average into the model for good."""
+        if self.end_with == "average" and self.training_weights is not None:
+            self.training_weights.finish()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The raw weights back. Waits for other ranks only as long as they may still come."""
+        self._leave(exception)
+        self._end_run()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing stays in place but the hooks for saving and loading."""
+        self._leave()
+        self._end_run()
+
+    def _end_run(self) -> None:
+        self._during_run.close()
+        self._pending, self._loaded_weights = None, None
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning's callback keeps; the counts of the average are with the average."""
+        return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Read what `state_dict` wrote, here or in Lightning's callback."""
+        self._latest_update_step = state_dict.get("latest_update_step", 0)
+        self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
+
+    def wants_raw(self, trainer: Any) -> bool:
+        """Whether the raw weights of a checkpoint that is being read belong into the model."""
+        return bool(trainer.state.fn == "fit") or self.evaluate_with != "average"
+
+    def found(self, trainer: Any, pending: Pending | None, *, silently: bool) -> None:
+        """A checkpoint was read, with this average in it or without one."""
+        is_fit = trainer.state.fn == "fit"
+        if pending is None and not silently:
+            then = "a new average starts from them" if is_fit else "they are evaluated as they are"
+            self.say(f"the checkpoint has no average in it: its weights are used, and {then}")
+        self._pending = None if pending is not None and pending.is_in_model else pending
+        self._model_has_loaded_weights = not is_fit
+
+    @staticmethod
+    def say(message: str) -> None:
+        """A warning, on rank 0."""
+        rank_zero_warn(f"sharded_avg: {message}", stacklevel=3)

@@ -1,0 +1,179 @@
+"""Checkpoints read. Every strategy reads one in its `load_checkpoint`, where a LoadHook stands.
+
+    Pending     the average of a checkpoint, waiting for the model to be there
+    in a file   fit gets the raw weights and an evaluation the average, by Lightning's own means where it loads a state
+                dict; where the strategy has loaded `state_dict`, the average, by itself, the raw ones are written here
+    in a folder the strategy loads raw weights; the folder beside them waits
+
+The module's `on_load_checkpoint` sees each copy once, under `state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import names
+from ..averager import ShardedAverage
+from ..checkpoint.folder import read_manifest
+from ..checkpoint.importers import find_importer
+from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
+from ..checkpoint.source import AbstractSource
+from ..errors import CheckpointError
+from ..live import write_live
+from .saving import AVERAGE_FOLDER, KEY
+from .trainers import loads_by_itself
+
+if TYPE_CHECKING:
+    from .callback import WeightAveraging
+
+AVERAGE = "average"  # the only one of a callback
+
+
+@dataclass
+class Pending:
+    """An average that was found in a checkpoint: in a folder, or as full tensors."""
+
+    path: Path
+    manifest: Manifest | None  # None if another callback saved it
+    full: Mapping[str, Tensor] | None = None  # under the names of the unwrapped model
+    n_averaged: int = 0
+    step: int = 0
+    is_in_model: bool = False  # the strategy loads it as the model's weights, and nothing else is wanted
+
+    @property
+    def names(self) -> set[str]:
+        """The averaged parameters, as far as the checkpoint says which."""
+        return set() if self.manifest is None else set(self.manifest.tensors)
+
+    def into(self, average: ShardedAverage) -> None:
+        """Collective: all ranks must call. Raises `CheckpointError` if it does not fit, or is of another save."""
+        if self.full is None and self.n_averaged:
+            result = average.load(self._folder(average), strict=False)
+        else:
+            result = average.load_full({AVERAGE: self.full or {}}, self._described(average), strict=False)
+        # What is missing was frozen when the checkpoint was written: it joins now. Anything else is another model's.
+        if result.unexpected_keys or result.misfits or (self.manifest is None and result.missing_keys):
+            raise CheckpointError(f"the average in {str(self.path)!r} does not fit this model: {result}")
+
+    def _folder(self, average: ShardedAverage) -> Path:
+        folder = self.path / AVERAGE_FOLDER
+        _, found = read_manifest(folder, average.process_group)
+        if found != self.manifest:
+            raise CheckpointError(
+                f"{str(folder)!r} is the average after {_counts(found)}, and the checkpoint that it lies in was saved "
+                f"with the one after {_counts(self.manifest)}: they do not belong together"
+            )
+        return folder
+
+    def _described(self, average: ShardedAverage) -> Manifest:
+        full, mine = self.full or {}, average.manifest()
+        tensors = {
+            name: TensorRecord(shape=list(full[name].shape), dtype=str(full[name].dtype).removeprefix("torch."))
+            for name in mine.tensors
+            if name in full
+        }
+        if self.manifest is not None:
+            return Manifest(step=self.manifest.step, averages=self.manifest.averages, tensors=tensors)
+        record = AverageRecord(rule=mine.averages[AVERAGE].rule, n_averaged=self.n_averaged)
+        return Manifest(step=self.step, averages={AVERAGE: record}, tensors=tensors)
+
+
+class LoadHook:
+    """Stands in place of one strategy's `load_checkpoint`."""
+
+    def __init__(self, callback: WeightAveraging, trainer: Any, original: Callable[..., Any]) -> None:
+        self.callback, self._trainer, self._original = callback, trainer, original
+
+    def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as the strategy does; the average waits in the callback."""
+        checkpoint = self._original(checkpoint_path, *args, **kwargs)
+        pending = self._found(Path(checkpoint_path), checkpoint)
+        self.callback.found(self._trainer, pending, silently=pending is None and KEY in checkpoint)
+        return checkpoint
+
+    def _found(self, path: Path, checkpoint: dict[str, Any]) -> Pending | None:
+        text = (checkpoint.pop(KEY, None) or {}).get("manifest") if isinstance(checkpoint, dict) else None
+        manifest = None if text is None else Manifest.from_json(text)
+        if "averaging_state" in checkpoint and "current_model_state" in checkpoint:
+            return self._in_file(path, checkpoint, manifest)
+        if manifest is None:
+            return None
+        return Pending(path, manifest, n_averaged=manifest.averages[AVERAGE].n_averaged)
+
+    def _in_file(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest | None) -> Pending:
+        count = int(checkpoint.pop("averaging_state")["n_averaged"])
+        raw = checkpoint.pop("current_model_state")
+        steps = int(checkpoint.get("global_step", count)) // max(1, len(checkpoint.get("optimizer_states", [])))
+        pending = Pending(path, manifest, n_averaged=count, step=steps)
+        if not self.callback.wants_raw(self._trainer):
+            pending.is_in_model = True
+        elif loads_by_itself(self._trainer.strategy):
+            pending.full = FileTensors(path)
+            write_live(self._trainer.strategy.model, {names.clean(key): value for key, value in raw.items()})
+        else:
+            averaged, checkpoint["state_dict"] = checkpoint["state_dict"], raw
+            module = self._trainer.lightning_module
+            module.on_load_checkpoint = _BothCopies(module, averaged, pending)
+        return pending
+
+
+class _BothCopies:
+    """In place of the module's `on_load_checkpoint`, once: the raw weights in the checkpoint, and the average."""
+
+    def __init__(self, module: Any, averaged: dict[str, Any], pending: Pending) -> None:
+        self._module, self._averaged, self._pending = module, averaged, pending
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        del self._module.on_load_checkpoint
+        averaged = {**checkpoint, "state_dict": self._averaged}
+        self._module.on_load_checkpoint(checkpoint)
+        self._module.on_load_checkpoint(averaged)
+        state = averaged["state_dict"]
+        self._pending.full = {names.clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """The averaged tensors of a file, each read when it is asked for: a rank needs memory for one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        found = find_importer(path, "lightning", ignore_classes=True)
+        if found is None:
+            raise CheckpointError(f"{str(path)!r} cannot be read a second time, for its average")
+        self._source: AbstractSource = found.open()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._source.infos:
+            raise KeyError(name)
+        return self._source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.infos)
+
+    def __len__(self) -> int:
+        return len(self._source.infos)
+
+
+def _counts(manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "no update"
+    return f"{manifest.averages[AVERAGE].n_averaged} updates in {manifest.step} steps"
+
+
+def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str:
+    """Collective: all ranks must call. Load; "" or, if that is not `strict`, why it could not be done."""
+    try:
+        with torch.inference_mode(False):
+            pending.into(average)
+    except CheckpointError as error:
+        if strict:
+            raise CheckpointError(
+                f"{error}. To start a new average from the weights of this checkpoint, give the callback strict=False"
+            ) from error
+        return str(error)
+    return ""

@@ -1,0 +1,126 @@
+"""Checkpoints written. Every save of a trainer goes through its `save_checkpoint`, where a SaveHook stands.
+
+    a file      `state_dict` is the average, `current_model_state` the raw weights, `averaging_state` the count, as
+                Lightning's own callback has it; "sharded_avg" the manifest
+    a folder    as the strategy writes it, with raw weights, and the average in the folder AVERAGE_FOLDER inside it;
+                "sharded_avg" has a copy of that folder's manifest, so that a folder of another save is noticed
+
+Whoever saves, and at whatever moment: the model holds raw weights while the strategy collects them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import names
+from ..checkpoint.place import INCOMING, OUTGOING
+from ..collectives import all_or_none, rank_in, rendezvous
+from ..errors import PeerError
+from .patches import replaced
+from .trainers import writes_folder
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .callback import WeightAveraging
+
+AVERAGE_FOLDER = "average"
+KEY = "sharded_avg"  # of a checkpoint: {"manifest": JSON text, or None before training began}
+RENDEZVOUS_GRACE_S = 30.0  # for ranks that may have failed
+
+
+class SaveHook:
+    """Stands in place of one trainer's `save_checkpoint`. Collective, as that is: all ranks must call."""
+
+    def __init__(self, callback: WeightAveraging, trainer: Any, original: Callable[..., Any]) -> None:
+        self.callback, self._trainer, self._original = callback, trainer, original
+
+    def __call__(self, filepath: Any, weights_only: bool | None = None, **options: Any) -> None:
+        """Save as the trainer does, with the average."""
+        trainer, weights = self._trainer, self.callback.weights_in_model
+        module = trainer.lightning_module
+
+        def write(edit: Callable[[Any], Any]) -> None:
+            # Lightning's last step before writing, also where callbacks are not asked (weights_only).
+            with replaced(module, "on_save_checkpoint", edit):
+                self._original(filepath, weights_only, **options)
+
+        if weights is None or not weights.average.n_averaged:
+            self._before_the_first_update(weights, filepath, write)
+        elif trainer.interrupted and not rendezvous(weights.average.process_group, grace_s=RENDEZVOUS_GRACE_S):
+            self._alone(weights, filepath, write)
+        else:
+            with weights.raw():
+                if writes_folder(trainer.strategy):
+                    self._beside(weights, filepath, write)
+                else:
+                    write(lambda original: _FileKeys(original, weights, weights_only=bool(weights_only)))
+
+    def _before_the_first_update(self, weights: Weights | None, filepath: Any, write: Callable[..., None]) -> None:
+        if writes_folder(self._trainer.strategy):
+            self._remove_earlier(Path(self._trainer.strategy.broadcast(filepath)), weights)
+        write(lambda original: _Noted(original, None if weights is None else weights.average.manifest().to_json()))
+
+    def _beside(self, weights: Weights, filepath: Any, write: Callable[..., None]) -> None:
+        """The old average goes first: whenever we are killed, none is beside weights of another step."""
+        path = Path(self._trainer.strategy.broadcast(filepath))
+        self._remove_earlier(path, weights)
+        write(lambda original: _Noted(original, weights.average.manifest().to_json()))
+        weights.average.save(path / AVERAGE_FOLDER)
+
+    def _remove_earlier(self, path: Path, weights: Weights | None) -> None:
+        group = None if weights is None else weights.average.process_group
+        with all_or_none(group, f"removing the earlier average in {str(path)!r}"):
+            if rank_in(group) == 0:
+                for suffix in ("", INCOMING, OUTGOING):
+                    shutil.rmtree(path / (AVERAGE_FOLDER + suffix), ignore_errors=True)
+
+    def _alone(self, weights: Weights, filepath: Any, write: Callable[..., None]) -> None:
+        """After an error, and other ranks do not come: they hold parts of the average."""
+        if writes_folder(self._trainer.strategy) or weights.exchanged:
+            raise PeerError(
+                f"cannot save {str(filepath)!r}: this rank failed, the others did not come within "
+                f"{RENDEZVOUS_GRACE_S:.0f} s, and each holds a part of what is saved. Resume from the last checkpoint"
+            )
+        self.callback.say(
+            f"other ranks did not come within {RENDEZVOUS_GRACE_S:.0f} s: {str(filepath)!r} has the weights, not the "
+            "average, which is in parts on all ranks"
+        )
+        write(lambda original: original)
+
+
+class _Noted:
+    """In place of the module's `on_save_checkpoint`: adds the manifest of an average that is elsewhere."""
+
+    def __init__(self, original: Callable[..., Any], manifest: str | None) -> None:
+        self._original, self._manifest = original, manifest
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        self._original(checkpoint)
+        checkpoint[KEY] = {"manifest": self._manifest}
+
+
+class _FileKeys:
+    """In place of the module's `on_save_checkpoint`: both copies under Lightning's keys, each edited by the module."""
+
+    def __init__(self, original: Callable[..., Any], weights: Weights, *, weights_only: bool) -> None:
+        self._original, self._average, self._weights_only = original, weights.average, weights_only
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        averaged = {**checkpoint, "state_dict": self._averaged(checkpoint["state_dict"])}
+        self._original(checkpoint)
+        self._original(averaged)  # on every rank, also where the state is empty: the hook may communicate
+        raw, checkpoint["state_dict"] = checkpoint["state_dict"], averaged["state_dict"]
+        if not self._weights_only:
+            checkpoint["current_model_state"] = raw
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._average.n_averaged)}
+            checkpoint[KEY] = {"manifest": self._average.manifest().to_json()}
+
+    def _averaged(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Collective. The keys of `raw`, with averages on rank 0, which is the one that writes."""
+        with torch.inference_mode(False), self._average.summon_full_params() as full:
+            return {key: full.get(names.clean(key), value) for key, value in raw.items()}

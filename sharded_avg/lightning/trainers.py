@@ -1,0 +1,89 @@
+"""What is relied on of Lightning, in both of its packages, `lightning.pytorch` and `pytorch_lightning`.
+
+Their classes differ and their code is the same, so nothing here asks which package a trainer is from, and classes are
+known by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from ..errors import EngineVersionError
+
+PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_SUPPORTED = ">=2.6"
+# strategy class -> the attribute that says whether it writes folders, and the value that does
+_FOLDER_FLAGS = {
+    "FSDPStrategy": ("_state_dict_type", "sharded"),
+    "ModelParallelStrategy": ("_save_distributed_checkpoint", True),
+}
+
+
+def callback_class() -> type:
+    """A class that is a `Callback` of every Lightning that is installed."""
+    bases, errors = [], []
+    for package in PACKAGES:
+        if find_spec(package.partition(".")[0]) is None:
+            continue
+        try:
+            bases.append(importlib.import_module(package).Callback)
+        except (ImportError, AttributeError) as error:
+            errors.append(f"{package}: {error!r}")
+    if not bases:
+        raise ImportError(
+            f"sharded_avg.lightning needs lightning{_SUPPORTED}, and {'; '.join(errors) or 'none is installed'}. "
+            "Install it with: pip install 'sharded-avg[lightning]'"
+        )
+    return type("Callback", tuple(bases), {"__doc__": "A callback of every Lightning that is installed."})
+
+
+def is_named(thing: object, name: str) -> bool:
+    """Whether `thing` is an instance of the Lightning class `name`, or of a subclass of it."""
+    return any(cls.__name__ == name for cls in type(thing).__mro__)
+
+
+def writes_folder(strategy: Any) -> bool:
+    """Whether this strategy's checkpoints are folders, to which every rank adds its part."""
+    if is_named(strategy, "DeepSpeedStrategy"):
+        return True
+    for name, (attribute, value) in _FOLDER_FLAGS.items():
+        if is_named(strategy, name):
+            return bool(need(strategy, attribute) == value)
+    return False
+
+
+def loads_by_itself(strategy: Any) -> bool:
+    """Whether `load_checkpoint` puts the weights into the model, instead of handing them to Lightning."""
+    if is_named(strategy, "DeepSpeedStrategy"):
+        return not (need(strategy, "load_full_weights") and need(strategy, "zero_stage_3"))
+    return any(is_named(strategy, name) for name in _FOLDER_FLAGS)
+
+
+def evaluation_loops(trainer: Any) -> list[Any]:
+    """The loops that validate and test, during fit and alone."""
+    fit_loop = need(need(trainer.fit_loop, "epoch_loop"), "val_loop")
+    return [fit_loop, trainer.validate_loop, trainer.test_loop]
+
+
+def need(owner: Any, name: str) -> Any:
+    """An attribute of Lightning that this package relies on."""
+    if not hasattr(owner, name):
+        versions = [f"{p} {v}" for p in PACKAGES if (v := getattr(sys.modules.get(p), "__version__", None))]
+        raise EngineVersionError(
+            f"{' / '.join(versions) or 'this Lightning'} has no {type(owner).__name__}.{name}, which "
+            f"sharded_avg.lightning relies on; install lightning{_SUPPORTED},<=2.6.6, or a newer sharded_avg"
+        )
+    return getattr(owner, name)
+
+
+def check(trainer: Any) -> None:
+    """Raise `EngineVersionError` now if something is missing that would be needed in the middle of a run."""
+    for name in ("save_checkpoint", "strategy", "callbacks", "fit_loop", "global_step", "is_last_batch", "interrupted"):
+        need(trainer, name)
+    for name in ("load_checkpoint", "save_checkpoint", "broadcast", "model", "optimizers"):
+        need(trainer.strategy, name)
+    writes_folder(trainer.strategy)
+    evaluation_loops(trainer)
