@@ -106,7 +106,7 @@ def check_no_second_model(row: Row) -> None:
     ("row", "world_size"), [("ddp", 2), ("fsdp1-full-flat", 3), ("fsdp1-full-views", 2), ("fsdp2", 3), ("zero3", 2)]
 )
 def test_no_second_model_is_needed(row: str, world_size: int) -> None:
-    """P37, P68, P70: no module is made, copied or wrapped; what is allocated is four bytes a local element."""
+    """P36, P37, P68, P70: no module is made, copied or wrapped; what is allocated is four bytes a local element."""
     run_row(row, world_size, check_no_second_model)
 
 

@@ -135,6 +135,7 @@ class TestModelChangedAfterwards:
         assert average.n_averaged == 1
 
     def test_parameter_gone(self):
+        """L16: three averages and two parameters left are an error, not a shorter average."""
         model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
         average = ShardedAverage(model, RULE)
         del model[1]

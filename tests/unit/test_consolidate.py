@@ -267,6 +267,7 @@ ONE_GIB = 1 << 30
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("out", ["x.safetensors", "x.pt"])
 def test_peak_memory_is_under_1_gib_for_one_tensor_of_2_gib(tmp_path, out):
+    """P65, P71: a consolidation holds a slab at a time, however large the tensor; measured from outside."""
     shape = (2**20 + 1, 511)
     sparse_folder(tmp_path / "big", shape, torch.float32)
     nbytes = torch.Size(shape).numel() * 2

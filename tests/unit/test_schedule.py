@@ -12,7 +12,7 @@ from sharded_avg import SWA, ConfigError, Schedule, ShardedAverage
 def updating_steps(schedule, num_steps: int = 30) -> list[int]:
     average = ShardedAverage(nn.Linear(2, 2), SWA(), schedule=schedule)
     steps = [step for step in range(1, num_steps + 1) if average.update()]
-    assert average.n_averaged == len(steps)  # P46: the count is of updates applied
+    assert average.n_averaged == len(steps)
     return steps
 
 
@@ -22,6 +22,7 @@ def test_every_step_by_default():
 
 
 def test_every_n_steps():
+    """P46: what is counted are the updates that were applied; `updating_steps` compares."""
     assert updating_steps(Schedule(every_steps=10)) == [10, 20, 30]
 
 
