@@ -65,7 +65,7 @@ def test_model_without_parameters():
 
 
 def test_lazy_model():
-    """P45: a clear message while parameters are uninitialised; after a forward it works."""
+    """P45, L15: a clear message while parameters are uninitialised; after a forward it works."""
     model = nn.Sequential(nn.LazyLinear(3))
     with refused("lazy", UnsupportedModelError):
         ShardedAverage(model, RULE)

@@ -250,7 +250,7 @@ def recorded(call: Callable[[], object]) -> Recorder:
 @each_model
 @pytest.mark.parametrize("num_rules", [1, 2])
 def test_an_update_allocates_nothing_and_never_syncs(make: Callable[[], nn.Module], num_rules: int) -> None:
-    """After the first: in-place operators only, no storage of their own, and no value goes to Python."""
+    """P42, after the first: in-place operators only, no storage of their own, and no value goes to Python."""
     model = make()
     average = ShardedAverage(model, dict(list(RULES.items())[:num_rules]))
     average.update()
