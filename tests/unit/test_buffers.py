@@ -174,6 +174,19 @@ def test_statistics_copied_averaged_or_recomputed() -> None:
     assert len({tuple(mean.tolist()) for mean in (means[3], expected, recomputed)}) == 3
 
 
+def test_recomputed_statistics_are_handed_out() -> None:
+    """P32: a full state for release has the statistics that belong to its weights."""
+    run = Run().learn(0, 5)
+    expected = with_update_bn(run).state_dict()
+    expected.pop("seen")  # update_bn leaves other buffers changed
+    with (
+        run.average.swapped(),
+        refreshed_batch_norm(run.model, batches()),
+        run.average.summon_full_params() as full,
+    ):
+        assert all(torch.equal(full[name], tensor) for name, tensor in expected.items())
+
+
 def test_without_a_swap_statistics_are_those_of_the_live_weights() -> None:
     run = Run().learn(0, 2)
     expected = copy.deepcopy(run.model)
