@@ -15,24 +15,27 @@ import lightning.pytorch as lightning
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import wrap
 from torch.utils.data import DataLoader
 
 NUM_BATCHES = 4  # of an epoch
 
 
 class Block(nn.Module):
-    """What FSDP wraps by itself. Tied weights are tied in here: FSDP1 wants them in one unit."""
+    """What FSDP shards by itself. Tied weights are tied in here: FSDP1 wants them in one unit."""
 
     def __init__(self, *, tied: bool, frozen: bool) -> None:
         super().__init__()
         self.up = nn.Linear(5, 7)
         self.down = nn.Linear(7, 5).requires_grad_(not frozen)
+        self.scale = nn.Parameter(torch.tensor([0.75]))
         self.again = nn.Linear(5, 7, bias=False)
         if tied:
             self.again.weight = self.up.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.again(self.down(torch.tanh(self.up(x)))))
+        return torch.tanh(self.again(self.down(torch.tanh(self.up(x))) * self.scale))
 
 
 class TinyHooks:
@@ -43,6 +46,7 @@ class TinyHooks:
         tied: two layers of the block share their weight.
         frozen: one layer of the block does not train.
         late: layers are made in `configure_model`, as large models are.
+        by_hand: layers are wrapped for FSDP1 in `configure_model`, not by the strategy; needs a row that says so.
         optimizer: "sgd" (with momentum) or "adam".
         own_batches: each rank has batches of its own; gradients are then means over ranks.
     """
@@ -54,6 +58,7 @@ class TinyHooks:
         tied: bool = False,
         frozen: bool = False,
         late: bool = False,
+        by_hand: bool = False,
         optimizer: str = "sgd",
         own_batches: bool = False,
     ) -> None:
@@ -61,6 +66,7 @@ class TinyHooks:
         self.options = {"norm": norm, "tied": tied, "frozen": frozen}
         self.optimizer_name = optimizer
         self.own_batches = own_batches
+        self.by_hand = by_hand
         self.wide: nn.Module | None = None
         if not late:
             self._make_layers()
@@ -71,7 +77,6 @@ class TinyHooks:
         self.wide = nn.Linear(3, 5)
         self.norm = nn.BatchNorm1d(5) if self.options["norm"] else nn.Identity()
         self.block = Block(tied=self.options["tied"], frozen=self.options["frozen"])
-        self.scale = nn.Parameter(torch.tensor([0.75]))
         self.head = nn.Linear(7, 3)
         self.register_buffer("shift", torch.full((5,), 0.125))
         self.register_buffer("calls", torch.tensor(0))
@@ -82,9 +87,11 @@ class TinyHooks:
             self._make_layers()
         if self.device_mesh is not None:
             shard(self, self.device_mesh)
+        if self.by_hand:
+            self.wide, self.block, self.head = (_wrapped(part) for part in (self.wide, self.block, self.head))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.wide(x)) * self.scale + self.shift.to(x.dtype)
+        x = self.norm(self.wide(x)) + self.shift.to(x.dtype)
         return self.head(self.block(x))
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -176,8 +183,12 @@ def shard(module: Any, mesh: Any) -> None:
             "again": ColwiseParallel(output_layouts=Replicate()),
         }
         parallelize_module(module.block, mesh["tensor_parallel"], plan)
-    for part in [module.wide, module.block, module.head, module]:
+    for part in [module.block, module.head, module]:
         fully_shard(part, mesh=mesh["data_parallel"])
+
+
+def _wrapped(part: nn.Module) -> nn.Module:
+    return part if isinstance(part, FullyShardedDataParallel) else wrap(part)  # with what the strategy has chosen
 
 
 def make_optimizer(name: str, params: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
 """Trainer runs: where they happen, with which settings, and what their weights have become.
 
 trainer       a quiet Trainer of one of the STRATEGIES
+module        what it trains
 run           a body on all ranks of a strategy, wherever these are
 full_weights  the whole state of a live model, by the engine's own means and without this package
 Recorder      a callback that keeps full_weights after every optimizer step
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tests.multigpu.launch import run_python
 from tests.multigpu.pool import run_on_ranks
 
+from .modules import Tiny, TinyHooks, of_package
 from .strategies import LIGHTNING, STRATEGIES
 
 SPAWNING_S = 120.0
@@ -47,20 +49,25 @@ def trainer(
     **kwargs: Any,
 ) -> Any:
     """A Trainer for the ranks of this strategy. `options` go to the strategy, `kwargs` to the Trainer."""
-    row, module = STRATEGIES[strategy_name], importlib.import_module(package)
+    row, lightning = STRATEGIES[strategy_name], importlib.import_module(package)
     settings = QUIET | {"default_root_dir": tmp_path} | kwargs
     if any(type(callback).__name__ == "ModelCheckpoint" for callback in callbacks):
         settings["enable_checkpointing"] = True
     if row.where == "here":  # also where torchrun started this process
         environments = importlib.import_module(f"{package}.plugins.environments")
         settings["plugins"] = [*settings.get("plugins", []), environments.LightningEnvironment()]
-    return module.Trainer(
+    return lightning.Trainer(
         accelerator="cpu",
         devices=row.world_size,
         strategy=row.make(package, **(row.options | (options or {}))),
         callbacks=list(callbacks),
         **settings,
     )
+
+
+def module(strategy_name: str, kind: type[TinyHooks] = Tiny, *, package: str = LIGHTNING, **options: Any) -> Any:
+    """A new module of this kind, ready for the strategy."""
+    return of_package(kind, package)(by_hand=STRATEGIES[strategy_name].by_hand, **options)
 
 
 def run(strategy_name: str, body: Callable[..., Any], /, tmp_path: Path, **arguments: Any) -> list[Any]:

@@ -169,19 +169,24 @@ class Strategy:
     where: str  # "here", "torch", "deepspeed" or "fresh"
     writes_folder: bool = False  # a checkpoint is a folder, not a file
     options: dict[str, Any] = field(default_factory=dict)
+    by_hand: bool = False  # the module wraps its layers for FSDP1; the module itself then is no unit of it
+    runs_again: bool = True  # Lightning can run a module a second time that it has sharded once
+    evaluates_checkpoints: bool = True  # standalone validate and test take a ckpt_path
+    two_optimizers: bool = True  # stepped by hand; FSDP1 cannot do backward inside its own unit's forward
     exact: bool = True  # trains bit for bit like one process, where all ranks see the same batches
 
 
 STRATEGIES: dict[str, Strategy] = {
     "single": Strategy(partial(_named, "auto"), 1, "here"),
     "ddp": Strategy(partial(_named, "ddp"), 2, "torch"),
-    "ddp_spawn": Strategy(partial(_named, "ddp_spawn"), 2, "fresh"),
-    "fsdp_full": Strategy(partial(_fsdp, "full"), 2, "torch"),
-    "fsdp_sharded": Strategy(partial(_fsdp, "sharded"), 2, "torch", True),
+    "ddp_spawn": Strategy(partial(_named, "ddp_spawn"), 2, "fresh", two_optimizers=False),
+    "fsdp_full": Strategy(partial(_fsdp, "full"), 2, "torch", runs_again=False, two_optimizers=False),
+    "fsdp_sharded": Strategy(partial(_fsdp, "sharded"), 2, "torch", True, runs_again=False, two_optimizers=False),
+    "fsdp_by_hand": Strategy(partial(_fsdp, "sharded"), 2, "torch", True, {"auto_wrap_policy": None}, by_hand=True),
     "fsdp2": Strategy(_parallel, 2, "torch", True, _mesh(2, 1)),
     "fsdp2_3ranks": Strategy(_parallel, 3, "torch", True, _mesh(3, 1), exact=False),  # thirds are rounded
     "fsdp2_tp": Strategy(_parallel, 4, "torch", True, _mesh(2, 2), exact=False),
-    "deepspeed_1": Strategy(partial(_zero, 1), 2, "deepspeed", True),
-    "deepspeed_2": Strategy(partial(_zero, 2), 2, "deepspeed", True),
-    "deepspeed_3": Strategy(partial(_zero, 3), 2, "deepspeed", True),
+    "deepspeed_1": Strategy(partial(_zero, 1), 2, "deepspeed", True, two_optimizers=False),
+    "deepspeed_2": Strategy(partial(_zero, 2), 2, "deepspeed", True, two_optimizers=False),
+    "deepspeed_3": Strategy(partial(_zero, 3), 2, "deepspeed", True, two_optimizers=False, evaluates_checkpoints=False),
 }

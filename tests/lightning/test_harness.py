@@ -1,0 +1,204 @@
+"""What the tests of the callbacks stand on: each strategy trains, stops, resumes and evaluates, without any average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from torch import Tensor
+
+from .modules import NUM_BATCHES, Tiny, TwoOptimizers, batches, make_optimizer
+from .runs import Recorder, full_weights, module, run, trainer
+from .strategies import STRATEGIES, Strategy
+
+NUM_STEPS = 2 * NUM_BATCHES  # of two epochs
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adam": {"optimizer": "adam"},
+    "frozen": {"frozen": True},
+    "late": {"late": True},
+    "norm": {"norm": True},
+    "tied": {"tied": True},
+}
+
+
+def over(chosen: Callable[[Strategy], bool]) -> pytest.MarkDecorator:
+    """Run a test over the strategies whose row is chosen."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=pytest.mark.own_processes if row.where in ("here", "fresh") else ())
+            for name, row in STRATEGIES.items()
+            if chosen(row)
+        ],
+    )
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], *, exact: bool = True) -> None:
+    assert left.keys() == right.keys()
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-6}
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def plain_training(num_steps: int, **options: Any) -> tuple[Any, dict[int, dict[str, Tensor]]]:
+    """The module after a loop that knows no Lightning, and the weights after each of its steps."""
+    model, data = Tiny(**options | {"late": False}), batches(NUM_BATCHES)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = make_optimizer(options.get("optimizer", "sgd"), trained)
+    weights = {}
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        model.training_step(data[step % NUM_BATCHES], step).backward()
+        optimizer.step()
+        weights[step + 1] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return model, weights
+
+
+def plain_loss(model: Any, first: int) -> float:
+    """The mean loss over the batches of an evaluation, which begin at this number."""
+    model.eval()
+    with torch.no_grad():
+        losses = [model._loss(batch) for batch in batches(2, first=first)]
+    return float(torch.stack(losses).mean())
+
+
+def fit(tmp_path: Path, name: str, **options: Any) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+    """Weights after each step, and after the run."""
+    recorder = Recorder()
+    fitted = trainer(tmp_path, name, [recorder])
+    fitted.fit(module(name, **options))
+    return recorder.weights, full_weights(fitted)
+
+
+@over(lambda row: row.where != "fresh")
+def test_training_is_that_of_a_plain_loop(name: str, tmp_path: Path) -> None:
+    _, expected = plain_training(NUM_STEPS)
+    for recorded, last in run(name, fit, tmp_path, name=name):
+        assert recorded.keys() == expected.keys()
+        for step, weights in recorded.items():
+            assert_same(weights, expected[step], exact=STRATEGIES[name].exact)
+        assert_same(last, recorded[NUM_STEPS])
+
+
+def fit_variants(tmp_path: Path, name: str) -> dict[str, dict[str, Tensor]]:
+    return {variant: fit(tmp_path, name, **options)[1] for variant, options in VARIANTS.items() if _has(name, variant)}
+
+
+def _has(name: str, variant: str) -> bool:
+    return not (name == "fsdp2_tp" and variant == "tied")  # parallelize_module unties them
+
+
+@over(lambda row: row.where != "fresh")
+def test_variants_train_like_plain_loops(name: str, tmp_path: Path) -> None:
+    for finals in run(name, fit_variants, tmp_path, name=name):
+        for variant, final in finals.items():
+            _, expected = plain_training(NUM_STEPS, **VARIANTS[variant])
+            assert_same(final, expected[NUM_STEPS], exact=STRATEGIES[name].exact)
+
+
+class SaveAtEnd(lightning.Callback):
+    """A checkpoint of the end of training, made by the ranks that train."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.path)
+
+
+def fit_in_two_runs(tmp_path: Path, name: str) -> dict[str, Tensor]:
+    path = tmp_path / "end.ckpt"
+    trainer(tmp_path, name, [SaveAtEnd(path)], max_epochs=1).fit(module(name))
+    resumed = trainer(tmp_path, name)
+    resumed.fit(module(name), ckpt_path=path)
+    assert path.is_dir() == STRATEGIES[name].writes_folder
+    return full_weights(resumed)
+
+
+@over(lambda row: True)
+def test_resuming_equals_one_long_run(name: str, tmp_path: Path) -> None:
+    _, plain = plain_training(NUM_STEPS)
+    straight = plain[NUM_STEPS] if STRATEGIES[name].exact else run(name, fit, tmp_path, name=name)[0][1]
+    for resumed in run(name, fit_in_two_runs, tmp_path, name=name):
+        assert_same(resumed, straight)
+
+
+def evaluate(tmp_path: Path, name: str) -> tuple[float, float]:
+    """Losses of `validate` and `test` of Trainers that have trained nothing."""
+    path = tmp_path / "end.ckpt"
+    trainer(tmp_path, name, [SaveAtEnd(path)]).fit(module(name))
+    (validated,) = trainer(tmp_path, name).validate(module(name), ckpt_path=path, verbose=False)
+    (tested,) = trainer(tmp_path, name).test(module(name), ckpt_path=path, verbose=False)
+    return validated["val_loss"], tested["test_loss"]
+
+
+@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints)
+def test_evaluating_a_checkpoint_by_itself(name: str, tmp_path: Path) -> None:
+    model, _ = plain_training(NUM_STEPS)
+    expected = plain_loss(model, first=100), plain_loss(model, first=200)
+    for losses in run(name, evaluate, tmp_path, name=name):
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def evaluate_and_fail(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AttributeError, match="_restore_from_bit16_weights"):
+        evaluate(tmp_path, name)
+
+
+@over(lambda row: not row.evaluates_checkpoints)
+def test_zero_3_cannot_evaluate_a_checkpoint_by_itself(name: str, tmp_path: Path) -> None:
+    """DeepSpeed #7272, with or without this package. Once this fails, the row in STRATEGIES has changed."""
+    run(name, evaluate_and_fail, tmp_path, name=name)
+
+
+def fit_again(tmp_path: Path, name: str) -> tuple[float, float, dict[str, Tensor], dict[str, Tensor], int]:
+    """One Trainer and one module: trained, validated, trained on."""
+    recorder = Recorder()
+    fitted, model = trainer(tmp_path, name, [recorder], max_epochs=1), module(name)
+    fitted.fit(model)
+    in_fit = float(fitted.callback_metrics["val_loss"])
+    (alone,) = fitted.validate(model, verbose=False)
+    between = full_weights(fitted)
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(model)
+    return in_fit, alone["val_loss"], recorder.weights[NUM_BATCHES], between, fitted.global_step
+
+
+@over(lambda row: row.where != "fresh" and row.runs_again)
+def test_one_module_can_be_trained_validated_and_trained_on(name: str, tmp_path: Path) -> None:
+    for in_fit, alone, trained, between, global_step in run(name, fit_again, tmp_path, name=name):
+        assert in_fit == alone
+        assert_same(trained, between)
+        assert global_step == NUM_STEPS
+
+
+def fit_by_hand(tmp_path: Path, name: str) -> dict[str, Tensor]:
+    fitted = trainer(tmp_path, name)
+    fitted.fit(module(name, TwoOptimizers))
+    return full_weights(fitted)
+
+
+@over(lambda row: row.two_optimizers)
+def test_two_optimizers_stepped_by_hand(name: str, tmp_path: Path) -> None:
+    (alone,) = run("single", fit_by_hand, tmp_path, name="single")
+    for weights in run(name, fit_by_hand, tmp_path, name=name):
+        assert_same(weights, alone, exact=STRATEGIES[name].exact)
+
+
+def fit_in_the_other_package(tmp_path: Path, name: str) -> dict[str, Tensor]:
+    other = "pytorch_lightning"
+    fitted = trainer(tmp_path, name, package=other)
+    fitted.fit(module(name, package=other))
+    assert type(fitted).__module__.startswith(other)
+    return full_weights(fitted)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp_full", "fsdp2", "deepspeed_3"])
+def test_pytorch_lightning_trains_alike(name: str, tmp_path: Path) -> None:
+    _, expected = plain_training(NUM_STEPS)
+    for weights in run(name, fit_in_the_other_package, tmp_path, name=name):
+        assert_same(weights, expected[NUM_STEPS])
