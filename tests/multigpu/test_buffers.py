@@ -380,7 +380,7 @@ def test_a_rank_that_failed_shows_why_while_others_are_busy():
     with mock.patch.object(swap, "RENDEZVOUS_GRACE_S", 0.5), pytest.raises(InjectedError if culprit else PeerError):  # noqa: SIM117
         with refreshed_batch_norm(model, failing(0) if culprit else own_batches(0), forward=slow):
             pass
-    assert not culprit or time.monotonic() - began < 2.0
+    assert not culprit or time.monotonic() - began < 2.8  # the others take 3 s
     dist.barrier()
 
 
@@ -389,15 +389,15 @@ def test_leaving_is_local():
     """P67: one rank's body raises at once, the others go on in theirs, with the mean."""
     model = Holder().fill(dist.get_rank())
     own, culprit = statistics(model), dist.get_rank() == 0
-    began = time.monotonic()
+    began = 0.0
     with pytest.raises(InjectedError) if culprit else nullcontext(), averaged_buffers(model):
-        mean = statistics(model)
+        began, mean = time.monotonic(), statistics(model)
         if culprit:
             raise InjectedError("body")
-        time.sleep(1.0)
+        time.sleep(1.5)
         assert equal(statistics(model), mean)
     assert equal(statistics(model), own)
-    assert not culprit or time.monotonic() - began < 0.9
+    assert not culprit or time.monotonic() - began < 1.4
     dist.barrier()
 
 
