@@ -33,6 +33,8 @@ _MAX_PICKLE_BYTES = 1 << 30
 _MAX_DEPTH = 100
 _REBUILD = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
 _PARAMETER = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
+_WITH_ATTRIBUTES = "torch._tensor._rebuild_from_type_v2"  # FSDP1 leaves some on the tensors of a full state dict
+_TENSORS = {"torch.Tensor", "torch.nn.parameter.Parameter"}
 _SETS = {"builtins.set", "__builtin__.set", "builtins.frozenset", "__builtin__.frozenset"}
 _PLAIN = {
     "collections.OrderedDict",
@@ -206,7 +208,7 @@ def _admits(module: str, name: str) -> bool:
     kind = f"{module}.{name}"
     is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in STORAGE_DTYPES
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN
+    return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN | _TENSORS | {_WITH_ATTRIBUTES}
 
 
 def _admits_all(module: str, name: str) -> bool:
@@ -258,6 +260,8 @@ def _object(inert: Inert, what: str) -> Any:
             return _tensor(inert)
         if inert.kind in _PARAMETER:
             return _tensor(inert.args[0])
+        if inert.kind == _WITH_ATTRIBUTES and inert.args[1].kind in _TENSORS:
+            return _object(Inert(inert.args[0].kind, inert.args[2]), what)
         if inert.kind == "torch.Size":
             return tuple(inert.args[0])
         if inert.kind in _SETS:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .patches import replaced
 from .trainers import is_named
-
-if TYPE_CHECKING:
-    from .callback import WeightAveraging
 
 
 class BothPasses:
     """Stands in place of one evaluation loop's `run`."""
 
-    def __init__(self, callback: WeightAveraging, trainer: Any, original: Callable[[], Any]) -> None:
+    def __init__(self, callback: Any, trainer: Any, original: Callable[[], Any]) -> None:
         self._callback, self._trainer, self._original = callback, trainer, original
 
     def __call__(self) -> Any:

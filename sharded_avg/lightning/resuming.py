@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from ..errors import CheckpointError
 from ..live import write_live
 from .saving import AVERAGE_FOLDER, KEY
 from .trainers import loads_by_itself
-
-if TYPE_CHECKING:
-    from .callback import WeightAveraging
 
 AVERAGE = "average"  # the only one of a callback
 
@@ -87,7 +84,7 @@ class Pending:
 class LoadHook:
     """Stands in place of one strategy's `load_checkpoint`."""
 
-    def __init__(self, callback: WeightAveraging, trainer: Any, original: Callable[..., Any]) -> None:
+    def __init__(self, callback: Any, trainer: Any, original: Callable[..., Any]) -> None:
         self.callback, self._trainer, self._original = callback, trainer, original
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -25,9 +25,6 @@ from .patches import replaced
 from .trainers import writes_folder
 from .weights import Weights
 
-if TYPE_CHECKING:
-    from .callback import WeightAveraging
-
 AVERAGE_FOLDER = "average"
 KEY = "sharded_avg"  # of a checkpoint: {"manifest": JSON text, or None before training began}
 RENDEZVOUS_GRACE_S = 30.0  # for ranks that may have failed
@@ -36,7 +33,7 @@ RENDEZVOUS_GRACE_S = 30.0  # for ranks that may have failed
 class SaveHook:
     """Stands in place of one trainer's `save_checkpoint`. Collective, as that is: all ranks must call."""
 
-    def __init__(self, callback: WeightAveraging, trainer: Any, original: Callable[..., Any]) -> None:
+    def __init__(self, callback: Any, trainer: Any, original: Callable[..., Any]) -> None:
         self.callback, self._trainer, self._original = callback, trainer, original
 
     def __call__(self, filepath: Any, weights_only: bool | None = None, **options: Any) -> None:
