@@ -121,13 +121,15 @@ class Recorder(Callback):
 def full_weights(trainer: Any) -> dict[str, Tensor]:
     """Collective. Copies of all parameters and persistent buffers of the live model, by the names of the user's module.
 
-    Under ZeRO these are the fp32 masters where there are any.
+    Under ZeRO these are the fp32 masters while there is an optimizer that owns them. An engine that only evaluates has
+    none, although its parameters still refer to those of the engine that trained them.
     """
     model = trainer.strategy.model
+    has_masters = any(getattr(model, "optimizer", None) is optimizer for optimizer in trainer.strategy.optimizers)
     full = {_plain(name): _whole(tensor) for name, tensor in _stateful(model).items()}
     for name, param in _parameters(model).items():
         if hasattr(param, "ds_id") or hasattr(param, "_hp_mapping"):
-            full[name] = _zero_param(param)
+            full[name] = _zero_param(param, has_masters)
     full.update(_fsdp1_params(model))
     return full
 
@@ -157,11 +159,11 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
-def _zero_param(param: nn.Parameter) -> Tensor:
+def _zero_param(param: nn.Parameter, has_masters: bool) -> Tensor:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
-    master = safe_get_full_fp32_param(param) if param.requires_grad else None
+    master = safe_get_full_fp32_param(param) if has_masters and param.requires_grad else None
     if master is not None:
         return master.detach().clone()
     if not hasattr(param, "ds_id"):

@@ -127,21 +127,23 @@ def test_resuming_equals_one_long_run(name: str, tmp_path: Path) -> None:
         assert_same(resumed, straight)
 
 
-def evaluate(tmp_path: Path, name: str) -> tuple[float, float]:
-    """Losses of `validate` and `test` of Trainers that have trained nothing."""
+def evaluate(tmp_path: Path, name: str) -> tuple[float, float, dict[str, Tensor]]:
+    """Losses of `validate` and `test` of Trainers that have trained nothing, and weights after one of them."""
     path = tmp_path / "end.ckpt"
     trainer(tmp_path, name, [SaveAtEnd(path)]).fit(module(name))
-    (validated,) = trainer(tmp_path, name).validate(module(name), ckpt_path=path, verbose=False)
+    validating = trainer(tmp_path, name)
+    (validated,) = validating.validate(module(name), ckpt_path=path, verbose=False)
     (tested,) = trainer(tmp_path, name).test(module(name), ckpt_path=path, verbose=False)
-    return validated["val_loss"], tested["test_loss"]
+    return validated["val_loss"], tested["test_loss"], full_weights(validating)
 
 
 @over(lambda row: row.where != "fresh" and row.evaluates_checkpoints)
 def test_evaluating_a_checkpoint_by_itself(name: str, tmp_path: Path) -> None:
-    model, _ = plain_training(NUM_STEPS)
-    expected = plain_loss(model, first=100), plain_loss(model, first=200)
-    for losses in run(name, evaluate, tmp_path, name=name):
-        assert losses == pytest.approx(expected, rel=1e-6)
+    model, expected = plain_training(NUM_STEPS)
+    for validated, tested, weights in run(name, evaluate, tmp_path, name=name):
+        assert validated == pytest.approx(plain_loss(model, first=100), rel=1e-6)
+        assert tested == pytest.approx(plain_loss(model, first=200), rel=1e-6)
+        assert_same(weights, expected[NUM_STEPS], exact=STRATEGIES[name].exact)
 
 
 def evaluate_and_fail(tmp_path: Path, name: str) -> None:
