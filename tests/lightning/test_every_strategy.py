@@ -1,8 +1,7 @@
-"""What holds under every strategy: the average is that of the plain formula, bit for bit, wherever it lives and whatever happens."""
+"""What holds under every strategy: the average is that of the formula, bit for bit, and so is that of a resumed run."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from .strategies import STRATEGIES
 from .test_harness import NUM_STEPS, assert_same, over, plain_loss, plain_training
 
 DECAY = 0.75
+# While swapped; after it; between epochs; when the model holds the average for good.
+MOMENTS = ("on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
 
 
 def plain_average(weights: dict[int, dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
@@ -27,10 +28,7 @@ def plain_average(weights: dict[int, dict[str, Tensor]], decay: float = DECAY) -
     average = {name: value.clone() for name, value in first.items()}
     for live in others:
         for name, value in live.items():
-            if value.is_floating_point():
-                average[name].lerp_(value, 1 - decay)
-            else:
-                average[name] = value.clone()
+            average[name] = average[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
     return average
 
 
@@ -40,82 +38,120 @@ def with_weights(weights: dict[str, Tensor]) -> Tiny:
     return model
 
 
-class Seen(lightning.Callback):
-    """What other callbacks, and the user, see of the model on the way."""
-
-    def __init__(self) -> None:
-        self.in_validation: list[dict[str, Tensor]] = []
-        self.after_validation: list[dict[str, Tensor]] = []
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.after_validation.append(full_weights(trainer))
-
-
 def full_average(callback: Any) -> dict[str, Tensor]:
     with callback.average.summon_full_params(rank0_only=False) as full:
         return {name: value.clone() for name, value in full.items()}
 
 
+class At(lightning.Callback):
+    """Does something at one moment of every epoch of a fit."""
+
+    def __init__(self, moment: str, act: Any) -> None:
+        setattr(self, moment, lambda trainer, *_: None if trainer.sanity_checking else act(trainer))
+
+
 def fit_averaged(tmp_path: Path, name: str) -> dict[str, Any]:
-    callback, seen = EMAWeightAveraging(decay=DECAY), Seen()
-    fitted = trainer(tmp_path, name, [callback, seen])
+    callback, raw, evaluated = EMAWeightAveraging(decay=DECAY), [], []
+    looks = At("on_train_epoch_end", lambda t: raw.append(full_weights(t)))
+    fitted = trainer(tmp_path, name, [callback, looks])
     assert callback.average is None
     fitted.fit(module(name))
-    return {
-        "raw": seen.after_validation,
+    evaluated.append(float(fitted.callback_metrics["val_loss"]))
+    seen = {
+        "raw": raw,
         "average": full_average(callback),
-        "end": {key: value for key, value in full_weights(fitted).items()},
-        "val_loss": float(fitted.callback_metrics["val_loss"]),
+        "end": full_weights(fitted),
+        "val_loss": evaluated[0],
         "n_averaged": callback.average.n_averaged,
+        "element_bytes": callback.average.nbytes / 4,
     }
+    return seen
 
 
 @over(lambda row: row.where != "fresh")
 def test_average(name: str, tmp_path: Path) -> None:
+    """P01, P02, P34, P72, P101: raw weights after validation, average, metric and end of training, all by value."""
     _, weights = plain_training(NUM_STEPS)
-    exact = STRATEGIES[name].exact
-    expected = plain_average(weights)
-    for seen in run(name, fit_averaged, tmp_path, name=name):
+    exact, expected = STRATEGIES[name].exact, plain_average(weights)
+    ranks = run(name, fit_averaged, tmp_path, name=name)
+    for seen in ranks:
         assert seen["n_averaged"] == NUM_STEPS
         assert_same(seen["raw"][0], weights[NUM_BATCHES], exact=exact)
         assert_same(seen["raw"][1], weights[NUM_STEPS], exact=exact)
         assert_same(seen["average"], expected, exact=exact)
         assert_same(seen["end"], expected, exact=exact)
         assert seen["val_loss"] == pytest.approx(plain_loss(with_weights(expected), first=100), rel=1e-6)
+    averaged = [value for value in expected.values() if value.is_floating_point()]
+    replicas = len(ranks) - 1  # of the buffer; and tensor parallelism replicates some layers
+    elements = sum(value.numel() for value in averaged) + replicas * expected["shift"].numel()
+    held = sum(seen["element_bytes"] for seen in ranks)
+    assert held == elements or (name == "fsdp2_tp" and elements < held < 2 * elements)
 
 
-class SaveDuring(lightning.Callback):
-    def __init__(self, path: Path, hook: str) -> None:
-        self.path, self.hook = path, hook
-        setattr(self, hook, self._save)
-
-    def _save(self, trainer: Any, *args: Any) -> None:
-        if not trainer.sanity_checking:
-            trainer.save_checkpoint(self.path)
-
-
-def fit_in_two(tmp_path: Path, name: str, hook: str, first: bool) -> dict[str, Any]:
-    path = tmp_path / f"{hook}-{first}.ckpt"
-    callback, saver = EMAWeightAveraging(decay=DECAY), SaveDuring(path, hook)
-    callbacks = [callback, saver] if first else [saver, callback]
-    trainer(tmp_path, name, callbacks, max_epochs=1).fit(module(name))
-    assert path.exists()
-    callback = EMAWeightAveraging(decay=DECAY)
-    resumed = trainer(tmp_path, name, [callback], max_epochs=2)
-    resumed.fit(module(name), ckpt_path=path)
-    return {"average": full_average(callback), "n_averaged": callback.average.n_averaged, "step": resumed.global_step}
+def fit_in_two(tmp_path: Path, name: str, moments: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A checkpoint at each moment of a first run, by callbacks before and after ours; and a second run from each."""
+    paths = {moment: tmp_path / f"{moment}.ckpt" for moment in moments}
+    savers = [At(moment, lambda t, path=path: t.save_checkpoint(path)) for moment, path in paths.items()]
+    ours, half = EMAWeightAveraging(decay=DECAY), len(savers) // 2
+    trainer(tmp_path, name, [*savers[:half], ours, *savers[half:]], max_epochs=1).fit(module(name))
+    ends = []
+    for path in paths.values():
+        callback = EMAWeightAveraging(decay=DECAY)
+        resumed = trainer(tmp_path, name, [callback])
+        resumed.fit(module(name), ckpt_path=path)
+        average = callback.average
+        ends.append({"full": full_average(callback), "counts": (average.n_averaged, average.num_steps)})
+        assert path.is_dir() == STRATEGIES[name].writes_folder
+        assert (path / "average" / "manifest.json").is_file() == STRATEGIES[name].writes_folder
+    return ends
 
 
-HOOKS = ("on_validation_end", "on_train_epoch_end", "on_train_end", "on_validation_epoch_end")
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("hook", HOOKS)
 @over(lambda row: row.where != "fresh")
-def test_resume(name: str, hook: str, first: bool, tmp_path: Path) -> None:
+def test_resumed_run_equals_one_long_run(name: str, tmp_path: Path) -> None:
+    """P04, P18, P92, P93: whenever the checkpoint was written, the resumed average is that of one long run."""
     _, weights = plain_training(NUM_STEPS)
     expected = plain_average(weights)
-    for seen in run(name, fit_in_two, tmp_path, name=name, hook=hook, first=first):
-        assert seen["step"] == NUM_STEPS
-        assert seen["n_averaged"] == NUM_STEPS
-        assert_same(seen["average"], expected, exact=STRATEGIES[name].exact)
+    moments = MOMENTS if name in ("single", "ddp", "fsdp2", "deepspeed_2") else MOMENTS[::3]
+    for ends in run(name, fit_in_two, tmp_path, name=name, moments=moments):
+        for end in ends:
+            assert end["counts"] == (NUM_STEPS, NUM_STEPS)
+            assert_same(end["full"], expected, exact=STRATEGIES[name].exact)
+
+
+def evaluate_alone(tmp_path: Path, name: str) -> dict[str, float]:
+    """Metrics of Trainers that have trained nothing, from a checkpoint."""
+    path = tmp_path / "end.ckpt"
+    saver = At("on_train_end", lambda t: t.save_checkpoint(path))
+    trainer(tmp_path, name, [EMAWeightAveraging(decay=DECAY), saver]).fit(module(name))
+    losses = {}
+    for choice in ("average", "raw", "both"):
+        fresh = trainer(tmp_path, name, [EMAWeightAveraging(decay=DECAY, evaluate_with=choice)])
+        (metrics,) = fresh.test(module(name), ckpt_path=path, verbose=False)
+        losses |= {f"{choice}: {key}": value for key, value in metrics.items()}
+    return losses
+
+
+@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints)
+def test_checkpoint_evaluated_alone(name: str, tmp_path: Path) -> None:
+    """P07, P17: a Trainer that has not trained evaluates the average of a checkpoint, the raw weights, or both."""
+    _, weights = plain_training(NUM_STEPS)
+    average = plain_loss(with_weights(plain_average(weights)), first=200)
+    raw = plain_loss(with_weights(weights[NUM_STEPS]), first=200)
+    assert raw != pytest.approx(average, rel=1e-4)
+    expected = {
+        "average: test_loss": average,
+        "raw: test_loss": raw,
+        "both: test_loss": average,
+        "both: raw/test_loss": raw,
+    }
+    for losses in run(name, evaluate_alone, tmp_path, name=name):
+        assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_reference_is_not_trivial() -> None:
+    """The average differs from the first and the last weights, in every tensor."""
+    _, weights = plain_training(NUM_STEPS)
+    for name, value in plain_average(weights).items():
+        if value.is_floating_point():
+            assert not torch.equal(value, weights[1][name])
+            assert not torch.equal(value, weights[NUM_STEPS][name])
