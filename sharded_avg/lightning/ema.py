@@ -43,7 +43,9 @@ class EMAWeightAveraging(WeightAveraging):
         update_starting_at_epoch: int | None = None,
         **settings: Any,
     ) -> None:
-        if not_of_ema := {"rule", "avg_fn", "multi_avg_fn"} & settings.keys():
+        # jsonargparse gives all that it finds in the signatures: what is None was not asked for.
+        not_of_ema = [name for name in ("rule", "avg_fn", "multi_avg_fn") if settings.get(name) is not None]
+        if not_of_ema:
             raise ConfigError(f"EMAWeightAveraging averages by decay={decay}; for {not_of_ema}, use WeightAveraging")
         super().__init__(device=device, use_buffers=use_buffers, rule=EMA(decay=decay), **settings)
         self.update_every_n_steps = count("update_every_n_steps", update_every_n_steps) or 0
