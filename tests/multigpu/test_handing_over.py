@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_avg import EMA, ShardedAverage, ShardedAvgError
+from sharded_avg import EMA, ShardedAverage, ShardedAvgError, UnsupportedModelError
 from sharded_avg.checkpoint.manifest import Manifest
 from sharded_avg.live import write_live
 
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, run_row
 from .models import batch
-from .pool import on_ranks
+from .pool import on_ranks, run_on_ranks
 
 NUM_STEPS = 3
 one_size = pytest.mark.parametrize(("row", "world_size"), [(name, row.world_sizes[0]) for name, row in ENGINES.items()])
@@ -162,3 +162,45 @@ def test_other_cuts_are_refused_on_all_ranks() -> None:
     with pytest.raises(ShardedAvgError, match=r"is cut into|other rank"):
         other.take_from(average)
     assert other.n_averaged == 0
+
+
+def evaluate_without_optimizer(tmp_path: Any, stage: int) -> None:
+    import deepspeed
+
+    plain = ENGINES["zero3"].plain()
+    averaged = {name: value.clone() for name, value in plain.state_dict().items()}
+    average = ShardedAverage(plain, EMA(decay=0.5))
+    average.update()
+    average.save(tmp_path / "average")
+    other = ENGINES["zero3"].plain()
+    with torch.no_grad():
+        for param in filter(lambda param: param.requires_grad, other.parameters()):
+            param.mul_(0.5)
+    engine, *_ = deepspeed.initialize(
+        model=other,
+        model_parameters=[],
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 8},
+        },
+    )
+    mine = ShardedAverage(engine, EMA(decay=0.5))
+    mine.load(tmp_path / "average")
+    x = batch(77)
+    with torch.no_grad():
+        raw = engine(x).clone()
+        with mine.swapped():
+            assert torch.equal(engine(x), plain(x))
+        assert torch.equal(engine(x), raw)
+        mine.copy_to_model()
+        assert torch.equal(engine(x), plain(x))
+    for name, value in full_of(mine).items():
+        assert torch.equal(value, averaged[name].to(value.dtype)), name
+    with pytest.raises(UnsupportedModelError, match="no optimizer"):
+        mine.update()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeed_engine_without_optimizer(stage: int, tmp_path: Any) -> None:
+    """An engine that evaluates: an average is loaded, looked at, and kept; it is never updated, and says so."""
+    run_on_ranks(2, evaluate_without_optimizer, kind="deepspeed", tmp_path=tmp_path, stage=stage)
