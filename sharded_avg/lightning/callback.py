@@ -91,6 +91,7 @@ class WeightAveraging(Callback):
         self.log_every_n_updates = count("log_every_n_updates", log_every_n_updates) or 0
         self._latest_update_step = 0
         self._latest_update_epoch = -1
+        self._latest_asked_epoch = -1
         self.current_epoch = 0
         self._forget()
 
@@ -147,6 +148,10 @@ class WeightAveraging(Callback):
         stand_in(self, trainer, trainer, "save_checkpoint", SaveHook)
         stand_in(self, trainer, trainer.strategy, "load_checkpoint", LoadHook)
         self._pending, self._loaded_weights = None, None
+        if stage == "fit":  # perhaps of another trainer, which counts from 0 again; or a checkpoint says how far it was
+            self._latest_update_step = min(self._latest_update_step, trainer.global_step)
+            self._latest_update_epoch = min(self._latest_update_epoch, trainer.current_epoch - 1)
+            self._latest_asked_epoch = -1
         if self.evaluate_with == "both":
             for loop in evaluation_loops(trainer):
                 passes = replaced(loop, "run", lambda run: BothPasses(self, trainer, run))
@@ -227,7 +232,8 @@ class WeightAveraging(Callback):
     def _log(self, average: ShardedAverage, pl_module: Any) -> None:
         values = {"average/distance": average.distance()}
         if isinstance(self.rule, AbstractLerpRule):
-            values["average/decay"] = 1 - self.rule.weight(average.n_averaged)
+            done = average.n_averaged - 1
+            values["average/decay"] = 1 - self.rule.weight(done) if done else 0.0  # the first update copies
         pl_module.log_dict(values, on_step=True, on_epoch=False)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -236,9 +242,10 @@ class WeightAveraging(Callback):
 
     def _epoch_ended(self, trainer: Any, pl_module: Any) -> None:
         epoch, weights = trainer.current_epoch, self.training_weights
-        if epoch <= self._latest_update_epoch or weights is None or not self.should_update(epoch_idx=epoch):
+        if epoch <= max(self._latest_update_epoch, self._latest_asked_epoch) or weights is None:
             return
-        if not self._refuses_nonfinite(weights):
+        self._latest_asked_epoch = epoch
+        if self.should_update(epoch_idx=epoch) and not self._refuses_nonfinite(weights):
             weights.average.update(unscheduled=True)
             self._latest_update_epoch = epoch
 
