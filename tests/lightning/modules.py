@@ -99,9 +99,13 @@ class TinyHooks:
         return (self(x) - y).square().mean()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.shift.mul_(0.5).add_(0.25)  # a buffer that moves alike on all ranks
-        self.calls.add_(1)
+        self.move_buffers()
         return self._loss(batch)
+
+    def move_buffers(self) -> None:
+        """At every training step, and alike on all ranks."""
+        self.shift.mul_(0.5).add_(0.25)
+        self.calls.add_(1)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self._loss(batch), sync_dist=True)
@@ -116,7 +120,7 @@ class TinyHooks:
         return make_optimizer(self.optimizer_name, [param for param in self.parameters() if param.requires_grad])
 
     def train_dataloader(self) -> Any:
-        return loader(batches(NUM_BATCHES, rank=_rank() if self.own_batches else None))
+        return loader(batches(NUM_BATCHES, rank=_data_rank(self.device_mesh) if self.own_batches else None))
 
     def val_dataloader(self) -> Any:
         return loader(batches(2, first=100))
@@ -136,7 +140,7 @@ class TwoOptimizersHooks(TinyHooks):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.calls.add_(1)
+        self.move_buffers()
         first, second = self.optimizers()
         for optimizer in [first, second][: 1 + batch_idx % 2]:
             optimizer.zero_grad()
@@ -211,5 +215,8 @@ def loader(data: list[tuple[Tensor, Tensor]]) -> Any:
     return DataLoader(data, batch_size=None)
 
 
-def _rank() -> int:
+def _data_rank(mesh: Any) -> int:
+    """Ranks that share a layer by tensor parallelism see the same data."""
+    if mesh is not None:
+        return mesh["data_parallel"].get_local_rank()
     return dist.get_rank() if dist.is_initialized() else 0

@@ -173,7 +173,12 @@ class Strategy:
     runs_again: bool = True  # Lightning can run a module a second time that it has sharded once
     evaluates_checkpoints: bool = True  # standalone validate and test take a ckpt_path
     two_optimizers: bool = True  # stepped by hand; FSDP1 cannot do backward inside its own unit's forward
-    exact: bool = True  # trains bit for bit like one process, where all ranks see the same batches
+    exact: bool = True  # trains bit for bit like one process
+
+    @property
+    def num_replicas(self) -> int:
+        """How many ranks see data of their own."""
+        return self.world_size // self.options.get("tensor_parallel_size", 1)
 
 
 STRATEGIES: dict[str, Strategy] = {

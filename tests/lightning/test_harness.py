@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {"frozen": True},
     "late": {"late": True},
     "norm": {"norm": True},
+    "own_batches": {"own_batches": True},
     "tied": {"tied": True},
 }
 
@@ -44,18 +45,42 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], *, exact: boo
         torch.testing.assert_close(tensor, right[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def plain_training(num_steps: int, **options: Any) -> tuple[Any, dict[int, dict[str, Tensor]]]:
-    """The module after a loop that knows no Lightning, and the weights after each of its steps."""
-    model, data = Tiny(**options | {"late": False}), batches(NUM_BATCHES)
+def plain_training(
+    num_steps: int, *, num_replicas: int = 1, **options: Any
+) -> tuple[Any, dict[int, dict[str, Tensor]]]:
+    """The module after a loop that knows no Lightning, and the weights after each of its steps.
+
+    With batches of their own, replicas step by the mean of their gradients.
+    """
+    model = Tiny(**options | {"late": False})
+    ranks = range(num_replicas) if options.get("own_batches") else [None]
+    data = [batches(NUM_BATCHES, rank=rank) for rank in ranks]
     trained = [param for param in model.parameters() if param.requires_grad]
     optimizer = make_optimizer(options.get("optimizer", "sgd"), trained)
     weights = {}
     for step in range(num_steps):
         optimizer.zero_grad()
-        model.training_step(data[step % NUM_BATCHES], step).backward()
+        model.move_buffers()
+        for own in data:
+            (model._loss(own[step % NUM_BATCHES]) / len(data)).backward()
         optimizer.step()
         weights[step + 1] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return model, weights
+
+
+def plain_training_by_hand(num_steps: int) -> dict[str, Tensor]:
+    """What `TwoOptimizers` does, without Lightning."""
+    model, data = TwoOptimizers(), batches(NUM_BATCHES)
+    optimizers = model.configure_optimizers()
+    for step in range(num_steps):
+        model.move_buffers()
+        due = optimizers[: 1 + step % 2]
+        for optimizer in due:
+            optimizer.zero_grad()
+        model._loss(data[step % NUM_BATCHES]).backward()
+        for optimizer in due:
+            optimizer.step()
+    return dict(model.state_dict())
 
 
 def plain_loss(model: Any, first: int) -> float:
@@ -96,7 +121,8 @@ def _has(name: str, variant: str) -> bool:
 def test_variants_train_like_plain_loops(name: str, tmp_path: Path) -> None:
     for finals in run(name, fit_variants, tmp_path, name=name):
         for variant, final in finals.items():
-            _, expected = plain_training(NUM_STEPS, **VARIANTS[variant])
+            replicas = STRATEGIES[name].num_replicas
+            _, expected = plain_training(NUM_STEPS, num_replicas=replicas, **VARIANTS[variant])
             assert_same(final, expected[NUM_STEPS], exact=STRATEGIES[name].exact)
 
 
@@ -186,9 +212,9 @@ def fit_by_hand(tmp_path: Path, name: str) -> dict[str, Tensor]:
 
 @over(lambda row: row.two_optimizers)
 def test_two_optimizers_stepped_by_hand(name: str, tmp_path: Path) -> None:
-    (alone,) = run("single", fit_by_hand, tmp_path, name="single")
+    expected = plain_training_by_hand(NUM_STEPS)
     for weights in run(name, fit_by_hand, tmp_path, name=name):
-        assert_same(weights, alone, exact=STRATEGIES[name].exact)
+        assert_same(weights, expected, exact=STRATEGIES[name].exact)
 
 
 def fit_in_the_other_package(tmp_path: Path, name: str) -> dict[str, Tensor]:
