@@ -218,7 +218,7 @@ class WeightAveraging(Callback):
             return
         self._latest_update_step = trainer.global_step
         if self.log_every_n_updates and weights.average.n_averaged % self.log_every_n_updates == 0:
-            self._log(weights.average, pl_module)
+            self._log(weights.average, trainer)
 
     def _is_due(self, step: int) -> bool:
         return bool(self.should_update(step_idx=step - 1))
@@ -229,12 +229,14 @@ class WeightAveraging(Callback):
         self.say("the weights have a NaN or an infinity: this update of the average is left out")
         return True
 
-    def _log(self, average: ShardedAverage, pl_module: Any) -> None:
-        values = {"average/distance": average.distance()}
+    def _log(self, average: ShardedAverage, trainer: Any) -> None:
+        """To the loggers themselves: what a module logs in one batch, Lightning repeats in the batches after it."""
+        values, n = {"average/distance": average.distance()}, average.n_averaged
         if isinstance(self.rule, AbstractLerpRule):
-            done = average.n_averaged - 1
-            values["average/decay"] = 1 - self.rule.weight(done) if done else 0.0  # the first update copies
-        pl_module.log_dict(values, on_step=True, on_epoch=False)
+            values["average/decay"] = 1 - self.rule.weight(n - 1) if n > 1 else 0.0  # the first update copies
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Update after the epoch, if the last batch did not see that it was one."""

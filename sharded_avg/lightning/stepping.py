@@ -1,8 +1,9 @@
 """Whether an optimizer stepped since the last look.
 
 Lightning counts calls of `optimizer.step`; a gradient scaler that finds an infinity makes the call and no step. So the
-optimizers themselves tell. Those of DeepSpeed cannot (they are none of torch's): there Lightning's count says that it
-was time, and the engine says whether it stepped, which `ShardedAverage.update` asks.
+optimizers themselves tell. Those of DeepSpeed cannot (they are none of torch's): there the engine counts, which
+accumulates gradients across the ends of epochs where Lightning's count begins anew, and says whether it skipped the
+step, which `ShardedAverage.update` asks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.optim import Optimizer
+
+from .trainers import is_named
 
 
 class StepWatch:
@@ -21,8 +24,13 @@ class StepWatch:
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in watched]
         self._trainer = trainer
         self._by_count = len(watched) < len(optimizers) or not optimizers
-        self._seen_steps: int = trainer.global_step
+        self._seen_steps = self._count()
         self._stepped = False
+
+    def _count(self) -> int:
+        if is_named(self._trainer.strategy, "DeepSpeedStrategy"):
+            return int(self._trainer.strategy.model.global_steps)
+        return int(self._trainer.global_step)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         # A fused optimizer is called all the same, and told that its gradients are infinite: a scalar on the device.
@@ -32,7 +40,7 @@ class StepWatch:
 
     def stepped(self) -> bool:
         """Whether there was a step since the last call."""
-        steps = self._trainer.global_step
+        steps = self._count()
         stepped = self._stepped or (self._by_count and steps > self._seen_steps)
         self._stepped, self._seen_steps = False, steps
         return stepped

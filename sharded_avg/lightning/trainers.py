@@ -81,9 +81,12 @@ def need(owner: Any, name: str) -> Any:
 
 def check(trainer: Any) -> None:
     """Raise `EngineVersionError` now if something is missing that would be needed in the middle of a run."""
-    for name in ("save_checkpoint", "strategy", "callbacks", "fit_loop", "global_step", "is_last_batch", "interrupted"):
+    for name in ("save_checkpoint", "strategy", "callbacks", "loggers", "callback_metrics", "fit_loop", "global_step"):
+        need(trainer, name)
+    for name in ("is_last_batch", "interrupted"):
         need(trainer, name)
     for name in ("load_checkpoint", "save_checkpoint", "broadcast", "model", "optimizers"):
         need(trainer.strategy, name)
+    need(trainer.fit_loop.epoch_loop, "_batches_that_stepped")
     writes_folder(trainer.strategy)
     evaluation_loops(trainer)
