@@ -204,6 +204,22 @@ def test_one_module_can_be_trained_validated_and_trained_on(name: str, tmp_path:
         assert global_step == NUM_STEPS
 
 
+def validate_in_bf16(tmp_path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    fitted, model = trainer(tmp_path, name, precision="bf16-true"), module(name)
+    fitted.fit(model)
+    masters = full_weights(fitted)
+    fitted.validate(model, verbose=False)
+    return masters, full_weights(fitted)
+
+
+@over(lambda row: row.where == "deepspeed")
+def test_an_engine_that_only_evaluates_has_no_masters(name: str, tmp_path: Path) -> None:
+    for masters, weights in run(name, validate_in_bf16, tmp_path, name=name):
+        assert masters["head.weight"].dtype == torch.float32
+        assert torch.equal(weights["head.weight"], masters["head.weight"].bfloat16())
+        assert weights["head.weight"].dtype == torch.bfloat16
+
+
 def fit_by_hand(tmp_path: Path, name: str) -> dict[str, Tensor]:
     fitted = trainer(tmp_path, name)
     fitted.fit(module(name, TwoOptimizers))
