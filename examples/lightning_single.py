@@ -1,0 +1,40 @@
+"""Learn digits on one device, keep an average of the weights, and deploy the best one.
+
+    python examples/lightning_single.py
+
+It takes seconds.
+The examples lightning_*.py differ in one line, the strategy. All that makes the average is one callback: after an
+import from sharded_avg instead of Lightning it runs under every strategy.
+"""
+
+from __future__ import annotations
+
+import lightning as L
+from digits import machine, network, report
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import sharded_avg
+from sharded_avg.lightning import EMAWeightAveraging  # it was: from lightning.pytorch.callbacks import ...
+
+
+def main() -> None:
+    """Train, and deploy the average with the lowest validation loss."""
+    L.seed_everything(0)
+    strategy, devices = "auto", 1
+
+    average = EMAWeightAveraging(decay=0.98, evaluate_with="both")
+    best = ModelCheckpoint(machine.out_folder(__file__), "best", monitor="val_loss")
+    callbacks = [average, best, table := report.Table()]
+    trainer = L.Trainer(strategy=strategy, devices=devices, max_epochs=8, callbacks=callbacks, **machine.QUIET)
+    trainer.fit(network.Digits())
+
+    if trainer.is_global_zero:
+        weights = sharded_avg.load_averaged_state_dict(best.best_model_path)
+        model = network.Digits()
+        model.configure_model()
+        model.load_state_dict(weights)
+        report.verify(model, table)
+
+
+if __name__ == "__main__":
+    main()
