@@ -90,8 +90,9 @@ class LoadHook:
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as the strategy does; the average waits in the callback."""
         checkpoint = self._original(checkpoint_path, *args, **kwargs)
+        is_ours = KEY in checkpoint  # from before the first update, if it has no average: a tuner's, for one
         pending = self._found(Path(checkpoint_path), checkpoint)
-        self.callback.found(self._trainer, pending, silently=pending is None and KEY in checkpoint)
+        self.callback.found(self._trainer, pending, silently=is_ours)
         return checkpoint
 
     def _found(self, path: Path, checkpoint: dict[str, Any]) -> Pending | None:
