@@ -12,6 +12,7 @@ from .schedule import Schedule, WhenFn
 
 DEFAULT_NAME = "average"
 MANIFEST_KEY = "manifest"  # stands beside the averages' names in a state dict
+RESERVED = (MANIFEST_KEY, "beside")  # what else a saved folder has: checkpoint/manifest.py
 BUFFER_POLICIES = ("copy", "average")
 
 
@@ -24,10 +25,10 @@ def as_rules(rule: AbstractRule | Mapping[str, AbstractRule]) -> dict[str, Abstr
             "function of your own in CustomRule(avg_fn=...)"
         )
     for name, value in rules.items():
-        if not isinstance(name, str) or not name or name == MANIFEST_KEY or set(name) & set("./\\"):
+        if not isinstance(name, str) or not name or name in RESERVED or set(name) & set("./\\"):
             raise ConfigError(
                 f"rule={{{name!r}: ...}}: an average's name is a non-empty string without dots and slashes, and not "
-                f"{MANIFEST_KEY!r}"
+                f"{' or '.join(map(repr, RESERVED))}"
             )
         if not isinstance(value, AbstractRule):
             raise ConfigError(

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from .arguments import MANIFEST_KEY
 from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
-from .checkpoint.manifest import Manifest
+from .checkpoint.manifest import BESIDE_KEY, Manifest
 from .collectives import all_or_none, gloo_twin
 from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStartedError, SwapError
 from .history import History
-from .keeping import Incoming, describe, items_of
+from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
 from .members import Members
 from .rules import AbstractRule
@@ -56,16 +56,20 @@ class AbstractKeeper:
         """The ranks that hold the model together; `None` where each process holds all of it."""
         return self._members.layout.group
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, with_buffers: bool = False) -> None:
         """Collective: all ranks must call. Write a torch.distributed.checkpoint folder that any engine can load.
 
         Each rank writes its own pieces. The folder has its final name only when it is whole; an earlier one at `path`
         is kept until then. A path with `://` goes through fsspec. Before the first update only counters are saved, so
-        that a resumed run starts on time. Raises `CheckpointError` if it cannot be written.
+        that a resumed run starts on time. With `with_buffers`, buffers that are not averaged are in the folder, too:
+        `load` has no use for them, and `load_averaged_state_dict` hands them out. Raises `CheckpointError` if it
+        cannot be written.
         """
         group = self._quiet_group()
         with all_or_none(group, "collecting what is saved"):
             state = self.state_dict()
+            if with_buffers:
+                state[BESIDE_KEY] = buffers_of(self._members)
         save_folder(path, state, self.manifest(), group)
 
     def async_save(self, path: str | os.PathLike[str]) -> PendingSave:

@@ -1,8 +1,9 @@
 """Averages as something to write and to read.
 
-Incoming   values being read: a store of their own, which becomes the averages' only when all of them are there
-items_of   one ShardItem for each averaged shard: where its value is now, and where a value that is read goes
-describe   the manifest
+Incoming    values being read: a store of their own, which becomes the averages' only when all of them are there
+items_of    one ShardItem for each averaged shard: where its value is now, and where a value that is read goes
+buffers_of  the same for buffers that are not averaged, which a full state needs; they are only written
+describe    the manifest
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .checkpoint.dcp import Destination, ShardItem
@@ -56,17 +58,32 @@ def items_of(
     items = {}
     for shard in members.averaged:
         if shard.name not in left_out:
-            # Buffers may differ between ranks that each hold all of them: what is saved is rank 0's.
-            elsewhere = shard.is_buffer and shard.region == Box.whole(shard.shape) and rank_in(group) != 0
             items[shard.name] = ShardItem(
                 shard.shape,
                 shard.region,
                 incoming.store.dtype_of(shard),
                 present(shard) if present is not None else None,
                 Destination(partial(incoming.view, average, shard.name)),
-                writes=not elsewhere,
+                writes=_is_written_here(shard, group),
             )
     return items
+
+
+def buffers_of(members: Members) -> dict[str, ShardItem]:
+    """One item for each name of each persistent buffer that is not averaged."""
+    averaged = {shard.name for shard in members.averaged}
+    items = {}
+    for shard in members.all:
+        if shard.is_buffer and shard.name not in averaged:
+            live, written = shard.tensor, _is_written_here(shard, members.layout.group)
+            stays = Destination(live.detach)
+            items[shard.name] = ShardItem(shard.shape, shard.region, shard.dtype, live, stays, writes=written)
+    return items | {alias: items[name] for alias, name in members.layout.aliases.items() if name in items}
+
+
+def _is_written_here(shard: Shard, group: dist.ProcessGroup | None) -> bool:
+    """Buffers may differ between ranks that each hold all of them: what is saved is rank 0's."""
+    return not shard.is_buffer or shard.region != Box.whole(shard.shape) or rank_in(group) == 0
 
 
 def describe(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .. import names
 from ..checkpoint.place import INCOMING, OUTGOING
@@ -67,7 +68,11 @@ class SaveHook:
         path = Path(self._trainer.strategy.broadcast(filepath))
         self._remove_earlier(path, weights)
         write(lambda original: _Noted(original, weights.average.manifest().to_json()))
-        weights.average.save(path / AVERAGE_FOLDER)
+        # A model that is cut over part of the job is in the other parts once more: only the part of rank 0 writes it.
+        group, everybody = weights.average.process_group, dist.group.WORLD if dist.is_initialized() else None
+        with all_or_none(everybody, f"saving the average in {str(path)!r}"):
+            if group is None or 0 in dist.get_process_group_ranks(group):
+                weights.average.save(path / AVERAGE_FOLDER, with_buffers=True)
 
     def _remove_earlier(self, path: Path, weights: Weights | None) -> None:
         group = None if weights is None else weights.average.process_group

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage
+from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.checkpoint.place import Disk, Remote, place_of
 from sharded_avg.history import History
 
@@ -297,3 +297,24 @@ def test_history_of_an_irregular_schedule_is_bounded():
     assert len(history.as_lists()) <= 256
     with pytest.raises(ValueError, match="3 steps are listed for 2"):
         History.from_lists([[1, 3, 1]], 2)
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_with_buffers_the_plain_model_can_load_it(tmp_path, buffers):
+    """Strictly, also where some are shared, have no dimension, or are of integers."""
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    net[2].register_buffer("running_mean", net[1].running_mean)
+    average = ShardedAverage(net, EMA(decay=0.5), buffers=buffers)
+    for _ in range(3):
+        net(torch.randn(5, 3))
+        average.update()
+    net(torch.randn(5, 3))
+    average.save(tmp_path / "run", with_buffers=True)
+    found = load_averaged_state_dict(tmp_path / "run")
+    with average.summon_full_params() as full:
+        assert found.keys() == full.keys() == net.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in full.items())
+    assert int(found["1.num_batches_tracked"]) == 4
+    average.load(tmp_path / "run")  # which has no use for them, and says nothing
+    average.save(tmp_path / "run")
+    assert "1.num_batches_tracked" not in load_averaged_state_dict(tmp_path / "run")
