@@ -25,7 +25,7 @@ from .diagnostics import distance
 from .finite import all_finite
 from .keeper import AbstractKeeper, swapped_models
 from .members import Include, Members
-from .replaced import RawWeights, bring_back, hold_average, live_tensors, set_aside
+from .replaced import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from .rules import AbstractRule
 from .schedule import WhenFn
 from .store import Store
@@ -206,30 +206,42 @@ class ShardedAverage(AbstractKeeper):
     # -- handing out -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def copy_to_model(self, name: str | None = None, *, keep_raw: bool = False) -> RawWeights | None:
+    def raw_weights(self, name: str | None = None) -> RawWeights:
+        """Collective: all ranks must call. Copies, in host memory, of what `copy_to_model(name)` will replace."""
+        self._refuse_while_swapped("raw_weights()")
+        name = self._started(name)
+        with all_or_none(self._members.layout.group, "copying raw weights to host memory"):
+            self._arrange()
+            return set_aside(name, self._members.averaged)
+
+    @torch.no_grad()
+    def copy_to_model(self, name: str | None = None, *, undo: RawWeights | None = None) -> None:
         """Collective: all ranks must call. Make the averaged weights the model's own, masters included.
 
-        For the end of training. With `keep_raw`, the weights that they replace are copied to host memory and
-        returned, for `restore_raw`. Raises `NotStartedError` before the first update.
+        For the end of training. With `undo`, what `raw_weights` returned just before, an error or an interruption
+        leaves the raw weights. Raises `NotStartedError` before the first update.
         """
         self._refuse_while_swapped("copy_to_model()")
         name = self._started(name)
-        with all_or_none(self._members.layout.group, "copying averages into the model"):
-            self._arrange()
-            self._members.layout.release()
-            raw = set_aside(name, self._members.averaged) if keep_raw else None
-            for shard in self._members.averaged:
-                for live in live_tensors(shard):
-                    live.copy_(self._store.view(name, shard.name))
-        self._publish_all()
-        return raw
+        try:
+            with all_or_none(self._members.layout.group, "copying averages into the model"):
+                self._arrange()
+                self._members.layout.release()
+                for shard in self._members.averaged:
+                    for live in live_tensors(shard):
+                        live.copy_(self._store.view(name, shard.name))
+            self._publish_all()
+        except BaseException:
+            if undo is not None:
+                bring_back(undo, self._members.averaged)
+            raise
 
     @torch.no_grad()
     def restore_raw(self, raw: RawWeights) -> bool:
-        """Collective: all ranks must call. Undo `copy_to_model(keep_raw=True)`, bit for bit.
+        """Collective: all ranks must call. Undo `copy_to_model`, bit for bit, masters included.
 
-        Returns False, and changes nothing, if some rank's parameters are no longer the average: the model was given
-        other weights since, and they are what it goes on from.
+        Returns False, and changes nothing, if some rank's parameters are neither the average nor the raw ones: the
+        model was given other weights since, and they are what it goes on from.
         """
         self._refuse_while_swapped("restore_raw()")
         group = self._members.layout.group
@@ -237,7 +249,7 @@ class ShardedAverage(AbstractKeeper):
             self._arrange()
             self._members.layout.release()
             known = [shard for shard in self._members.averaged if shard.name in raw.values]
-            unchanged = hold_average(known, partial(self._average_of, raw.average))
+            unchanged = all(holds_either(shard, self._average_of(raw.average, shard), raw) for shard in known)
         if not all(gather_objects(group, unchanged)):
             return False
         with all_or_none(group, "bringing raw weights back"):

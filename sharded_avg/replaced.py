@@ -6,13 +6,15 @@ saved, moved, given other weights, or trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .shard import Shard
+
+_ATTEMPTS = 3  # at bringing raw weights back
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,15 +36,30 @@ def set_aside(average: str, shards: Iterable[Shard]) -> RawWeights:
 
 
 def bring_back(raw: RawWeights, shards: Iterable[Shard]) -> None:
-    """Put the raw weights into shards that are cut as they were; shards that were not averaged then stay."""
-    for shard in shards:
-        for live, value in zip(live_tensors(shard), raw.values.get(shard.name, []), strict=False):
-            live.copy_(value)
+    """Put the raw weights into shards that are cut as they were; shards that were not averaged then stay.
+
+    An interruption (Ctrl-C) is raised when all of them are back.
+    """
+    failure: BaseException | None = None
+    todo = [pair for shard in shards for pair in zip(live_tensors(shard), raw.values.get(shard.name, []), strict=False)]
+    for _ in range(_ATTEMPTS):
+        try:
+            for live, value in todo:
+                live.copy_(value)
+            break
+        except BaseException as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def hold_average(shards: Iterable[Shard], average_of: Callable[[Shard], Tensor]) -> bool:
-    """Whether the live parameters are still the average, bit for bit in their own dtype."""
-    return all(torch.equal(shard.target, average_of(shard).to(shard.target)) for shard in shards if not shard.is_buffer)
+def holds_either(shard: Shard, average: Tensor, raw: RawWeights) -> bool:
+    """Whether a live parameter is still the average, or the raw one, bit for bit; a buffer may be anything."""
+    if shard.is_buffer:
+        return True
+    target, values = shard.target, raw.values[shard.name]
+    # The last value is of what forward reads; the first, of a master, where an engine without masters reads the shard.
+    return any(torch.equal(target, value.to(target)) for value in (average, values[-1], values[0]))
 
 
 def live_tensors(shard: Shard) -> list[Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
-from weakref import ReferenceType, ref
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -23,9 +22,10 @@ from torch.nn.parameter import is_lazy
 from ..averager import ShardedAverage
 from ..errors import ConfigError
 from ..rules import AbstractLerpRule, AbstractRule, AvgFn, MultiAvgFn
+from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in
-from .resuming import LoadHook, Pending, load_quietly
+from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
 from .settings import Included, count, one_of, one_rule
 from .stepping import StepWatch
@@ -97,11 +97,7 @@ class WeightAveraging(Callback):
 
     def _forget(self) -> None:
         """Nothing of a run: what a new, copied or unpickled callback has."""
-        self.training_weights: Weights | None = None
-        self._module: ReferenceType[Any] | None = None  # whose weights these are
-        self._loaded_weights: Weights | None = None  # of a checkpoint, for one evaluation
-        self._pending: Pending | None = None
-        self._model_has_loaded_weights = False  # an evaluation loaded a checkpoint over those of the training
+        self.holdings = Holdings(self)
         self._watch: StepWatch | None = None
         self._during_run = ExitStack()
         self._is_raw_pass = False
@@ -112,6 +108,7 @@ class WeightAveraging(Callback):
         fresh._forget()
         state = dict(fresh.__dict__)
         del state["_during_run"]  # an ExitStack cannot be pickled
+        del state["holdings"]
         state.pop("log", None)  # bound to the module by Lightning, which binds it again
         state.pop("log_dict", None)
         return state
@@ -123,7 +120,7 @@ class WeightAveraging(Callback):
     @property
     def average(self) -> ShardedAverage | None:
         """The average of the weights that are being trained, or were; `None` before training."""
-        return None if self.training_weights is None else self.training_weights.average
+        return None if self.holdings.training is None else self.holdings.training.average
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to update after an optimizer step, or after an epoch; override it. All ranks must decide alike.
@@ -147,7 +144,8 @@ class WeightAveraging(Callback):
         check(trainer)
         stand_in(self, trainer, trainer, "save_checkpoint", SaveHook)
         stand_in(self, trainer, trainer.strategy, "load_checkpoint", LoadHook)
-        self._pending, self._loaded_weights = None, None
+        forget_load(pl_module)
+        self.holdings.new_run()
         if stage == "fit":  # perhaps of another trainer, which counts from 0 again; or a checkpoint says how far it was
             self._latest_update_step = min(self._latest_update_step, trainer.global_step)
             self._latest_update_epoch = min(self._latest_update_epoch, trainer.current_epoch - 1)
@@ -161,32 +159,10 @@ class WeightAveraging(Callback):
         """Collective: all ranks must call. Build the average; lazy layers put it off until the first step."""
         self._watch = StepWatch(trainer, trainer.strategy.optimizers)
         if not any(is_lazy(parameter) for parameter in pl_module.parameters()):
-            self._begin(trainer, pl_module)
+            self.holdings.begin(trainer, pl_module)
 
-    def _begin(self, trainer: Any, pl_module: Any) -> Weights:
-        before = self.training_weights if self._module is not None and self._module() is pl_module else None
-        model, pending = trainer.strategy.model, self._pending
-        if before is not None and self._goes_on():
-            weights = before if before.is_of(model) else Weights(self._built(model), model)
-            if weights is not before:
-                weights.succeed(before)
-            if not weights.unfinish():
-                self.say("the weights were changed since the last fit: a new average starts from them")
-                weights = Weights(self._built(model), model)
-        else:
-            weights = Weights(self._built(model, pending), model)
-            if pending is not None and (problem := load_quietly(pending, weights.average, self.strict)):
-                self.say(f"a new average starts from the weights of the checkpoint: {problem}")
-                weights = Weights(self._built(model), model)
-        self.training_weights, self._module = weights, ref(pl_module)
-        self._pending, self._model_has_loaded_weights = None, False
-        return weights
-
-    def _goes_on(self) -> bool:
-        """Whether this fit continues an earlier one of the same trainer or module."""
-        return self._pending is None and not self._model_has_loaded_weights
-
-    def _built(self, model: Any, pending: Pending | None = None) -> ShardedAverage:
+    def built(self, model: Any, pending: Pending | None = None) -> ShardedAverage:
+        """Collective: all ranks must call. A new average of `model`, with room for what is pending."""
         saved = frozenset() if pending is None else frozenset(pending.names)
         with torch.inference_mode(False):
             return ShardedAverage(
@@ -203,16 +179,12 @@ class WeightAveraging(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update, once for each batch with a real optimizer step; at the end of an epoch, before its validation."""
         if self._watch is not None and self._watch.stepped():
-            weights = self.training_weights if self._has_begun(pl_module) else self._begin(trainer, pl_module)
-            if weights is not None:
-                self._update(weights, trainer, pl_module)
+            weights = self.holdings.of(pl_module)
+            self._update(self.holdings.begin(trainer, pl_module) if weights is None else weights, trainer)
         if trainer.is_last_batch:
             self._epoch_ended(trainer, pl_module)
 
-    def _has_begun(self, pl_module: Any) -> bool:
-        return self.training_weights is not None and self._module is not None and self._module() is pl_module
-
-    def _update(self, weights: Weights, trainer: Any, pl_module: Any) -> None:
+    def _update(self, weights: Weights, trainer: Any) -> None:
         self.current_epoch = trainer.current_epoch
         if self._refuses_nonfinite(weights) or not weights.average.update():
             return
@@ -243,7 +215,7 @@ class WeightAveraging(Callback):
         self._epoch_ended(trainer, pl_module)
 
     def _epoch_ended(self, trainer: Any, pl_module: Any) -> None:
-        epoch, weights = trainer.current_epoch, self.training_weights
+        epoch, weights = trainer.current_epoch, self.holdings.of(pl_module)
         if epoch <= max(self._latest_update_epoch, self._latest_asked_epoch) or weights is None:
             return
         self._latest_asked_epoch = epoch
@@ -267,51 +239,28 @@ class WeightAveraging(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The raw weights back."""
-        self._leave()
+        self.holdings.leave()
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The raw weights back."""
-        self._leave()
+        self.holdings.leave()
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The raw weights back."""
-        self._leave()
+        self.holdings.leave()
 
     def _enter(self, trainer: Any, pl_module: Any) -> None:
         if trainer.sanity_checking:
             return
-        weights = self._to_evaluate(trainer, pl_module)
+        weights = self.holdings.to_evaluate(trainer, pl_module)
         if weights is not None and self.evaluate_with != "raw" and not self._is_raw_pass:
             weights.enter()
-
-    def _to_evaluate(self, trainer: Any, pl_module: Any) -> Weights | None:
-        """The weights whose average is to be looked at; `None` if the model holds what is to be."""
-        if trainer.state.fn == "fit":
-            return self.training_weights
-        if self._pending is not None:
-            self._bring_in(trainer.strategy.model, self._pending)
-        if self._model_has_loaded_weights:
-            return self._loaded_weights
-        return self.training_weights if self._has_begun(pl_module) else None
-
-    def _bring_in(self, model: Any, pending: Pending) -> None:
-        """The average of a checkpoint that is evaluated: into the model, or beside it if both are looked at."""
-        self._pending = None
-        if self.evaluate_with == "raw" or not pending.n_averaged:
-            return
-        weights = Weights(self._built(model, pending), model)
-        if problem := load_quietly(pending, weights.average, self.strict):
-            self.say(f"the raw weights of the checkpoint are evaluated: {problem}")
-        elif self.evaluate_with == "both":
-            self._loaded_weights = weights
-        else:
-            with torch.inference_mode(False):
-                weights.average.copy_to_model()
 
     @contextmanager
     def raw_pass(self, trainer: Any) -> Iterator[None]:
         """Collective: all ranks must call. Inside, evaluations are of the raw weights."""
-        weights = None if trainer.state.fn == "fit" or self._pending is not None else self.weights_in_model
+        in_memory = trainer.state.fn != "fit" and self.holdings.pending is None
+        weights = self.holdings.reachable(trainer, trainer.lightning_module) if in_memory else None
         with weights.raw() if weights is not None else nullcontext():
             self._is_raw_pass = True
             try:
@@ -319,36 +268,33 @@ class WeightAveraging(Callback):
             finally:
                 self._is_raw_pass = False
 
-    @property
-    def weights_in_model(self) -> Weights | None:
-        """The weights of the training, unless an evaluation has loaded others over them."""
-        return None if self._model_has_loaded_weights else self.training_weights
-
-    def _leave(self, error: BaseException | None = None) -> None:
-        for weights in (self.training_weights, self._loaded_weights):
-            if weights is not None:
-                weights.leave(error)
-
     # -- a run ends ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The average into the model for good."""
-        if self.end_with == "average" and self.training_weights is not None:
-            self.training_weights.finish()
+        weights = self.holdings.of(pl_module)
+        if self.end_with == "average" and weights is not None:
+            weights.finish()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. A resumed run that had nothing left to do has its average all the same."""
+        if self.holdings.pending is not None:
+            self.holdings.begin(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The raw weights back. Waits for other ranks only as long as they may still come."""
-        self._leave(exception)
+        self.holdings.leave(exception)
+        forget_load(pl_module)
         self._end_run()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Nothing stays in place but the hooks for saving and loading."""
-        self._leave()
+        self.holdings.leave()
         self._end_run()
 
     def _end_run(self) -> None:
         self._during_run.close()
-        self._pending, self._loaded_weights = None, None
         if self._watch is not None:
             self._watch.close()
             self._watch = None
@@ -374,8 +320,7 @@ class WeightAveraging(Callback):
         if pending is None and not silently:
             then = "a new average starts from them" if is_fit else "they are evaluated as they are"
             self.say(f"the checkpoint has no average in it: its weights are used, and {then}")
-        self._pending = None if pending is not None and pending.is_in_model else pending
-        self._model_has_loaded_weights = not is_fit
+        self.holdings.found(trainer.lightning_module, pending, is_fit=is_fit)
 
     @staticmethod
     def say(message: str) -> None:

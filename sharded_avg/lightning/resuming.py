@@ -23,11 +23,12 @@ from ..averager import ShardedAverage
 from ..checkpoint.folder import read_manifest
 from ..checkpoint.importers import find_importer
 from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
-from ..checkpoint.source import AbstractSource
+from ..checkpoint.source import AbstractSource, TensorInfo
+from ..collectives import all_or_none
 from ..errors import CheckpointError
 from ..live import write_live
-from .saving import AVERAGE_FOLDER, KEY
-from .trainers import loads_by_itself
+from .saving import AVERAGE_FOLDER, KEY, containers_copied
+from .trainers import job_group, loads_by_itself
 
 AVERAGE = "average"  # the only one of a callback
 
@@ -53,7 +54,8 @@ class Pending:
         if self.full is None and self.n_averaged:
             result = average.load(self._folder(average), strict=False)
         else:
-            result = average.load_full({AVERAGE: self.full or {}}, self._described(average), strict=False)
+            with all_or_none(average.process_group, f"reading the average in {str(self.path)!r}"):
+                result = average.load_full({AVERAGE: self.full or {}}, self._described(average), strict=False)
         # What is missing was frozen when the checkpoint was written: it joins now. Anything else is another model's.
         if result.unexpected_keys or result.misfits or (self.manifest is None and result.missing_keys):
             raise CheckpointError(f"the average in {str(self.path)!r} does not fit this model: {result}")
@@ -70,11 +72,7 @@ class Pending:
 
     def _described(self, average: ShardedAverage) -> Manifest:
         full, mine = self.full or {}, average.manifest()
-        tensors = {
-            name: TensorRecord(shape=list(full[name].shape), dtype=str(full[name].dtype).removeprefix("torch."))
-            for name in mine.tensors
-            if name in full
-        }
+        tensors = {name: _record(full, name) for name in mine.tensors if name in full}
         if self.manifest is not None:
             return Manifest(step=self.manifest.step, averages=self.manifest.averages, tensors=tensors)
         record = AverageRecord(rule=mine.averages[AVERAGE].rule, n_averaged=self.n_averaged)
@@ -91,20 +89,29 @@ class LoadHook:
         """Load as the strategy does; the average waits in the callback."""
         checkpoint = self._original(checkpoint_path, *args, **kwargs)
         is_ours = KEY in checkpoint  # from before the first update, if it has no average: a tuner's, for one
-        pending = self._found(Path(checkpoint_path), checkpoint)
+        if is_ours and checkpoint[KEY].get("weights") == AVERAGE and self.callback.wants_raw(self._trainer):
+            self.callback.say("the checkpoint was saved with weights only: its weights are the average, none are raw")
+        # What is read here is read by each rank for itself, and can fail on one.
+        with all_or_none(job_group(self._trainer), f"reading the average in {str(checkpoint_path)!r}"):
+            pending, raw = self._found(Path(checkpoint_path), checkpoint)
+        if raw is not None:
+            write_live(self._trainer.strategy.model, {names.clean(key): value for key, value in raw.items()})
         self.callback.found(self._trainer, pending, silently=is_ours)
         return checkpoint
 
-    def _found(self, path: Path, checkpoint: dict[str, Any]) -> Pending | None:
+    def _found(self, path: Path, checkpoint: dict[str, Any]) -> tuple[Pending | None, dict[str, Any] | None]:
+        """What waits, and raw weights that belong into the live model now."""
         text = (checkpoint.pop(KEY, None) or {}).get("manifest") if isinstance(checkpoint, dict) else None
         manifest = None if text is None else Manifest.from_json(text)
         if "averaging_state" in checkpoint and "current_model_state" in checkpoint:
             return self._in_file(path, checkpoint, manifest)
         if manifest is None:
-            return None
-        return Pending(path, manifest, n_averaged=manifest.averages[AVERAGE].n_averaged)
+            return None, None
+        return Pending(path, manifest, n_averaged=manifest.averages[AVERAGE].n_averaged), None
 
-    def _in_file(self, path: Path, checkpoint: dict[str, Any], manifest: Manifest | None) -> Pending:
+    def _in_file(
+        self, path: Path, checkpoint: dict[str, Any], manifest: Manifest | None
+    ) -> tuple[Pending, dict[str, Any] | None]:
         count = int(checkpoint.pop("averaging_state")["n_averaged"])
         raw = checkpoint.pop("current_model_state")
         steps = int(checkpoint.get("global_step", count)) // max(1, len(checkpoint.get("optimizer_states", [])))
@@ -113,12 +120,12 @@ class LoadHook:
             pending.is_in_model = True
         elif loads_by_itself(self._trainer.strategy):
             pending.full = FileTensors(path)
-            write_live(self._trainer.strategy.model, {names.clean(key): value for key, value in raw.items()})
+            return pending, raw
         else:
             averaged, checkpoint["state_dict"] = checkpoint["state_dict"], raw
             module = self._trainer.lightning_module
             module.on_load_checkpoint = _BothCopies(module, averaged, pending)
-        return pending
+        return pending, None
 
 
 class _BothCopies:
@@ -129,11 +136,17 @@ class _BothCopies:
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         del self._module.on_load_checkpoint
-        averaged = {**checkpoint, "state_dict": self._averaged}
+        averaged = {**containers_copied(checkpoint), "state_dict": self._averaged}
         self._module.on_load_checkpoint(checkpoint)
         self._module.on_load_checkpoint(averaged)
         state = averaged["state_dict"]
         self._pending.full = {names.clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def forget_load(module: Any) -> None:
+    """A run that ended between reading a checkpoint and giving it to the module has left its stand-in there."""
+    if isinstance(vars(module).get("on_load_checkpoint"), _BothCopies):
+        del module.on_load_checkpoint
 
 
 class FileTensors(Mapping[str, Tensor]):
@@ -150,11 +163,23 @@ class FileTensors(Mapping[str, Tensor]):
             raise KeyError(name)
         return self._source.read(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._source.infos
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.infos)
 
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype, without reading."""
+        return self._source.infos[name]
+
     def __len__(self) -> int:
         return len(self._source.infos)
+
+
+def _record(full: Mapping[str, Tensor], name: str) -> TensorRecord:
+    info = full.info(name) if isinstance(full, FileTensors) else full[name]
+    return TensorRecord(shape=list(info.shape), dtype=str(info.dtype).removeprefix("torch."))
 
 
 def _counts(manifest: Manifest | None) -> str:

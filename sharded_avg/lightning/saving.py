@@ -23,11 +23,11 @@ from ..checkpoint.place import INCOMING, OUTGOING
 from ..collectives import all_or_none, rank_in, rendezvous
 from ..errors import PeerError
 from .patches import replaced
-from .trainers import writes_folder
+from .trainers import collects_together, job_group, writes_folder
 from .weights import Weights
 
 AVERAGE_FOLDER = "average"
-KEY = "sharded_avg"  # of a checkpoint: {"manifest": JSON text, or None before training began}
+KEY = "sharded_avg"  # of a checkpoint: {"manifest": JSON text, or None before training began and with weights only}
 RENDEZVOUS_GRACE_S = 30.0  # for ranks that may have failed
 
 
@@ -39,27 +39,51 @@ class SaveHook:
 
     def __call__(self, filepath: Any, weights_only: bool | None = None, **options: Any) -> None:
         """Save as the trainer does, with the average."""
-        trainer, weights = self._trainer, self.callback.weights_in_model
+        trainer, holdings = self._trainer, self.callback.holdings
         module = trainer.lightning_module
+        if (present := holdings.in_model(module)) is not None and present.is_moving:  # we are in a signal handler
+            present.defer(lambda: self(filepath, weights_only, **options))
+            return
 
         def write(edit: Callable[[Any], Any]) -> None:
             # Lightning's last step before writing, also where callbacks are not asked (weights_only).
-            with replaced(module, "on_save_checkpoint", edit):
+            with replaced(module, "on_save_checkpoint", lambda hook: edit(getattr(hook, "unedited", hook))):
                 self._original(filepath, weights_only, **options)
 
+        self._take_pending(filepath, module)
+        weights = holdings.reachable(trainer, module)
         if weights is None or not weights.average.n_averaged:
             self._before_the_first_update(weights, filepath, write)
         elif trainer.interrupted and not rendezvous(weights.average.process_group, grace_s=RENDEZVOUS_GRACE_S):
             self._alone(weights, filepath, write)
         else:
-            with weights.raw():
-                if writes_folder(trainer.strategy):
-                    self._beside(weights, filepath, write)
-                else:
-                    write(lambda original: _FileKeys(original, weights, weights_only=bool(weights_only)))
+            with weights.raw() as is_raw:
+                self._write(weights, is_raw, filepath, bool(weights_only), write)
+
+    def _take_pending(self, filepath: Any, module: Any) -> None:
+        """Saved between a resumed fit's loading and its first step: the average waits, and must not be lost."""
+        trainer = self._trainer
+        if self.callback.holdings.pending is None or trainer.state.fn != "fit":
+            return
+        if trainer.interrupted and not rendezvous(job_group(trainer), grace_s=RENDEZVOUS_GRACE_S):
+            raise self._peers_gone(filepath)
+        self.callback.holdings.begin(trainer, module)
+
+    def _write(
+        self, weights: Weights, is_raw: bool, filepath: Any, weights_only: bool, write: Callable[..., None]
+    ) -> None:
+        if not is_raw:
+            self.callback.say(
+                f"the model was given other weights since the training: {str(filepath)!r} has them, and not the average"
+            )
+            write(lambda original: _Noted(original, None))
+        elif writes_folder(self._trainer.strategy):
+            self._beside(weights, filepath, write)
+        else:
+            write(lambda original: _FileKeys(original, weights, weights_only=weights_only))
 
     def _before_the_first_update(self, weights: Weights | None, filepath: Any, write: Callable[..., None]) -> None:
-        if writes_folder(self._trainer.strategy):
+        if weights is not None and writes_folder(self._trainer.strategy):
             self._remove_earlier(Path(self._trainer.strategy.broadcast(filepath)), weights)
         write(lambda original: _Noted(original, None if weights is None else weights.average.manifest().to_json()))
 
@@ -74,35 +98,41 @@ class SaveHook:
             if group is None or 0 in dist.get_process_group_ranks(group):
                 weights.average.save(path / AVERAGE_FOLDER, with_buffers=True)
 
-    def _remove_earlier(self, path: Path, weights: Weights | None) -> None:
-        group = None if weights is None else weights.average.process_group
+    def _remove_earlier(self, path: Path, weights: Weights) -> None:
+        group = weights.average.process_group
         with all_or_none(group, f"removing the earlier average in {str(path)!r}"):
             if rank_in(group) == 0:
                 for suffix in ("", INCOMING, OUTGOING):
                     shutil.rmtree(path / (AVERAGE_FOLDER + suffix), ignore_errors=True)
 
     def _alone(self, weights: Weights, filepath: Any, write: Callable[..., None]) -> None:
-        """After an error, and other ranks do not come: they hold parts of the average."""
-        if writes_folder(self._trainer.strategy) or weights.exchanged:
-            raise PeerError(
-                f"cannot save {str(filepath)!r}: this rank failed, the others did not come within "
-                f"{RENDEZVOUS_GRACE_S:.0f} s, and each holds a part of what is saved. Resume from the last checkpoint"
-            )
+        """After an error, and other ranks do not come: nothing that waits for them may be called."""
+        strategy = self._trainer.strategy
+        if weights.exchanged or not self._trainer.is_global_zero or collects_together(strategy):
+            raise self._peers_gone(filepath)
         self.callback.say(
             f"other ranks did not come within {RENDEZVOUS_GRACE_S:.0f} s: {str(filepath)!r} has the weights, not the "
             "average, which is in parts on all ranks"
         )
-        write(lambda original: original)
+        with replaced(strategy, "barrier", lambda barrier: lambda *_, **__: None):
+            write(lambda original: _Noted(original, None))
+
+    @staticmethod
+    def _peers_gone(filepath: Any) -> PeerError:
+        return PeerError(
+            f"cannot save {str(filepath)!r}: this rank failed, the others did not come within {RENDEZVOUS_GRACE_S:.0f} "
+            "s, and each holds a part of what is saved. Resume from the last checkpoint"
+        )
 
 
 class _Noted:
     """In place of the module's `on_save_checkpoint`: adds the manifest of an average that is elsewhere."""
 
     def __init__(self, original: Callable[..., Any], manifest: str | None) -> None:
-        self._original, self._manifest = original, manifest
+        self.unedited, self._manifest = original, manifest
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        self._original(checkpoint)
+        self.unedited(checkpoint)
         checkpoint[KEY] = {"manifest": self._manifest}
 
 
@@ -110,14 +140,16 @@ class _FileKeys:
     """In place of the module's `on_save_checkpoint`: both copies under Lightning's keys, each edited by the module."""
 
     def __init__(self, original: Callable[..., Any], weights: Weights, *, weights_only: bool) -> None:
-        self._original, self._average, self._weights_only = original, weights.average, weights_only
+        self.unedited, self._average, self._weights_only = original, weights.average, weights_only
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        averaged = {**checkpoint, "state_dict": self._averaged(checkpoint["state_dict"])}
-        self._original(checkpoint)
-        self._original(averaged)  # on every rank, also where the state is empty: the hook may communicate
+        averaged = {**containers_copied(checkpoint), "state_dict": self._averaged(checkpoint["state_dict"])}
+        self.unedited(checkpoint)
+        self.unedited(averaged)  # on every rank, also where the state is empty: the hook may communicate
         raw, checkpoint["state_dict"] = checkpoint["state_dict"], averaged["state_dict"]
-        if not self._weights_only:
+        if self._weights_only:
+            checkpoint[KEY] = {"manifest": None, "weights": "average", "n_averaged": self._average.n_averaged}
+        else:
             checkpoint["current_model_state"] = raw
             checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._average.n_averaged)}
             checkpoint[KEY] = {"manifest": self._average.manifest().to_json()}
@@ -126,3 +158,10 @@ class _FileKeys:
         """Collective. The keys of `raw`, with averages on rank 0, which is the one that writes."""
         with torch.inference_mode(False), self._average.summon_full_params() as full:
             return {key: full.get(names.clean(key), value) for key, value in raw.items()}
+
+
+def containers_copied(value: Any) -> Any:
+    """The same tensors and objects in dicts and lists of their own, from which a hook may take things away."""
+    if type(value) is dict:
+        return {key: containers_copied(inner) for key, inner in value.items()}
+    return [containers_copied(inner) for inner in value] if type(value) is list else value

@@ -11,6 +11,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+import torch.distributed as dist
+
 from ..errors import EngineVersionError
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -60,6 +62,16 @@ def loads_by_itself(strategy: Any) -> bool:
     if is_named(strategy, "DeepSpeedStrategy"):
         return not (need(strategy, "load_full_weights") and need(strategy, "zero_stage_3"))
     return any(is_named(strategy, name) for name in _FOLDER_FLAGS)
+
+
+def collects_together(strategy: Any) -> bool:
+    """Whether all ranks must take part in collecting what a checkpoint has of model and optimizers."""
+    return any(is_named(strategy, name) for name in ("DeepSpeedStrategy", *_FOLDER_FLAGS))
+
+
+def job_group(trainer: Any) -> dist.ProcessGroup | None:
+    """All ranks of this trainer; `None` if it has one."""
+    return dist.group.WORLD if trainer.world_size > 1 and dist.is_initialized() else None
 
 
 def evaluation_loops(trainer: Any) -> list[Any]:

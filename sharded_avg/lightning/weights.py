@@ -4,12 +4,13 @@
     swapped    an evaluation: raw and averaged values have changed places until it ends
     finished   training has ended: the model holds the average, and host memory the raw weights
 
-`raw()` is for saving: whatever the state, the model holds raw weights inside.
+`raw()` is for saving: whatever the state, the model holds raw weights inside. An interruption can come between any two
+lines here: a state is left only when what ends it is done, and ending it twice does nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from weakref import ref
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from ..averager import ShardedAverage
-from ..errors import SwapError
+from ..collectives import size_of
 from ..replaced import RawWeights
 
 
@@ -29,7 +30,9 @@ class Weights:
         self._model = ref(model)
         self._swap: AbstractContextManager[bool] | None = None
         self._kept: RawWeights | None = None
-        self.is_moving = False
+        self._is_raw_inside = False  # of `raw()`
+        self.is_moving = False  # values are on their way: a signal handler that saves must wait
+        self._deferred: list[Callable[[], None]] = []
 
     @property
     def finished(self) -> bool:
@@ -47,7 +50,7 @@ class Weights:
 
     def enter(self) -> None:
         """Collective: all ranks must call. Evaluate the average, if there is one, until `leave`."""
-        if self._swap is not None or self.finished:
+        if self.exchanged:
             return
         with self._moving():
             swap = self.average.swapped()
@@ -61,59 +64,91 @@ class Weights:
 
     def leave(self, error: BaseException | None = None) -> None:
         """Collective: all ranks must call. Bring the raw weights back; `error` is why, if it is one."""
-        swap, self._swap = self._swap, None
-        if swap is None:
-            return
-        with self._moving():
-            swap.__exit__(None if error is None else type(error), error, None if error is None else error.__traceback__)
+        swap = self._swap
+        if swap is not None:
+            with self._moving():
+                swap.__exit__(
+                    None if error is None else type(error), error, None if error is None else error.__traceback__
+                )
+            self._swap = None
 
     def finish(self) -> None:
         """Collective: all ranks must call. Make the average the model's own, if there is one."""
-        if self.average.n_averaged and not self.finished:
-            with self._moving(), torch.inference_mode(False):
-                self._kept = self.average.copy_to_model(keep_raw=True)
+        if not self.average.n_averaged or self.finished:
+            return
+        with self._moving(), torch.inference_mode(False):
+            self._kept = self.average.raw_weights()
+            try:
+                self.average.copy_to_model(undo=self._kept)
+            except BaseException:  # undone
+                self._kept = None
+                raise
 
     def unfinish(self) -> bool:
         """Collective: all ranks must call. Raw weights back for more training; False if the model has other ones."""
-        kept, self._kept = self._kept, None
-        with self._moving():
-            return kept is None or self.average.restore_raw(kept)
+        restored = self._restored()
+        if restored:
+            self._kept = None
+        return restored
+
+    def _restored(self) -> bool:
+        if self._kept is None:
+            return True
+        with self._moving(), torch.inference_mode(False):
+            return self.average.restore_raw(self._kept)
 
     def succeed(self, earlier: Weights) -> None:
         """Collective: all ranks must call. Go on where another object was, for a model that was wrapped anew."""
         self.average.take_from(earlier.average)
         self._kept = earlier._kept
 
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do something as soon as no values are on their way."""
+        self._deferred.append(action)
+
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        """Values are on their way; a signal handler that saves in the middle must be told."""
         self.is_moving = True
         try:
             yield
         finally:
             self.is_moving = False
+        while self._deferred:
+            self._deferred.pop(0)()
 
     @contextmanager
-    def raw(self) -> Iterator[None]:
-        """Collective: all ranks must call. The model holds raw weights inside.
+    def raw(self) -> Iterator[bool]:
+        """Collective: all ranks must call. The model holds raw weights inside; False if they are not the training's.
 
-        After an error it keeps them: other ranks may be anywhere, and exchanging is collective.
+        After an error they stay if there are other ranks: those may be anywhere, and exchanging is collective.
         """
-        if self.is_moving:
-            raise SwapError(
-                "a checkpoint was asked for while raw and averaged weights were changing places (by a signal handler, "
-                "most likely): what would be saved is neither. Save once more"
-            )
-        was_swapped, was_finished = self._swap is not None, self.finished
+        if self._is_raw_inside:  # a signal handler that saves while something is saved
+            yield True
+            return
+        was_swapped = self._swap is not None
         self.leave()
-        is_raw = not was_finished or self.unfinish()
+        is_raw = self._restored()
+        self._is_raw_inside = True
         try:
-            yield
-        except BaseException as error:
-            if (was_swapped or was_finished) and hasattr(error, "add_note"):  # Python >= 3.11
-                error.add_note("sharded_avg: saving failed, and the model holds its raw weights from here on")
+            yield is_raw
+        except Exception as error:
+            if size_of(self.average.process_group) > 1:
+                _note(error, "saving failed, and the model holds its raw weights from here on")
+                raise
+            self._go_back(was_swapped, is_raw)
             raise
+        finally:
+            self._is_raw_inside = False
+        self._go_back(was_swapped, is_raw)
+
+    def _go_back(self, was_swapped: bool, is_raw: bool) -> None:
         if was_swapped:
             self.enter()
-        elif was_finished and is_raw:
-            self.finish()
+        elif self._kept is not None and is_raw:
+            with self._moving(), torch.inference_mode(False):
+                self.average.copy_to_model(undo=self._kept)
+
+
+def _note(error: Exception, text: str) -> None:
+    if hasattr(error, "add_note"):  # Python >= 3.11
+        error.add_note(f"sharded_avg: {text}")

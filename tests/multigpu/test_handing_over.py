@@ -51,8 +51,8 @@ def check_raw_weights(row: Row) -> None:
     """The average for good and back, bit for bit; not back over weights that somebody changed."""
     engine, average = trained(row)
     raw, raw_output, averaged = engine.full(), output(engine), full_of(average)
-    kept = average.copy_to_model(keep_raw=True)
-    assert kept is not None
+    kept = average.raw_weights()
+    average.copy_to_model(undo=kept)
     now = engine.full()
     for name, tensor in now.items():
         assert torch.equal(tensor, averaged[name].to(tensor.dtype)), name
@@ -60,7 +60,8 @@ def check_raw_weights(row: Row) -> None:
     assert average.restore_raw(kept)
     assert same(engine.full(), raw)
     assert torch.equal(output(engine), raw_output)
-    kept = average.copy_to_model(keep_raw=True)
+    assert average.restore_raw(kept), "raw weights that are back already were taken for other ones"
+    average.copy_to_model()
     engine.learn_steps(NUM_STEPS, NUM_STEPS + 1)
     changed = engine.full()
     assert not average.restore_raw(kept), "raw weights were put over weights that training has changed"

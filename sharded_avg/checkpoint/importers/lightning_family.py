@@ -13,23 +13,30 @@ from typing import Any
 
 import torch
 
+from ..files import METADATA_KEY
 from ..source import AbstractSource
 from .base import AbstractImporter, Content, Names, as_number, ema_rule, in_order, is_state, numbered
 
 
 class LightningImporter(AbstractImporter):
-    """`state_dict` is the average, `current_model_state` is raw, `averaging_state` has `n_averaged`."""
+    """`state_dict` is the average, `current_model_state` is raw, `averaging_state` has `n_averaged`.
+
+    Saved with weights only by our callback, it has the average only, and says so.
+    """
 
     format = "lightning"
     about = "Lightning's WeightAveraging and EMAWeightAveraging: state_dict"
 
     def claims(self, content: Content) -> bool:
+        if content.at(METADATA_KEY, "weights") == "average":
+            return is_state(content.at("state_dict"))
         return all(is_state(content.at(key)) for key in ("state_dict", "current_model_state")) and isinstance(
             content.at("averaging_state"), dict
         )
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        n_averaged = self.started(content, content.number("averaging_state", "n_averaged"))
+        place = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
+        n_averaged = self.started(content, content.number(place, "n_averaged"))
         step = content.number("global_step")
         return self.found(content, content.under("state_dict."), n_averaged=n_averaged, step=step)
 
