@@ -70,7 +70,7 @@ def fit_averaged(tmp_path: Path, name: str) -> dict[str, Any]:
 
 @over(lambda row: row.where != "fresh")
 def test_average(name: str, tmp_path: Path) -> None:
-    """P01, P02, P34, P72, P101, L17: raw weights after validation, average, metric and end of training, all by value."""
+    """P01, P02, P34, P72, P101, L17: raw weights after validation, average, metric, end of training, by value."""
     _, weights = plain_training(NUM_STEPS)
     exact, expected = STRATEGIES[name].exact, plain_average(weights)
     ranks = run(name, fit_averaged, tmp_path, name=name)
