@@ -170,6 +170,20 @@ class ShardedAverage(AbstractKeeper):
                 self._swapped = None
                 swapped_models.discard(self._members.layout.model)
 
+    @property
+    def has_stale_replicas(self) -> bool:
+        """Whether a swap ended without other ranks, so that their parts of this rank's weights still are averages."""
+        return self._members.layout.has_stale_replicas
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def republish(self) -> None:
+        """Collective: all ranks must call. Make up for a swap that ended without some ranks, if they are back."""
+        layout = self._members.layout
+        if layout.publishes and any(gather_objects(layout.group, layout.has_stale_replicas)):
+            layout.publish()
+            layout.has_stale_replicas = False
+
     def _pairs(self, name: str) -> list[Pair]:
         """What the averaged shards exchange, wherever their live tensors are now; always in one order."""
         self._arrange()

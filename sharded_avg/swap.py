@@ -289,8 +289,10 @@ def _republish(layout: AbstractLayout, error: BaseException | None) -> None:
     """Spread the raw weights to every replica; a rank whose peers do not come gives up instead of waiting for ever."""
     if not layout.publishes:
         return
+    layout.has_stale_replicas = True
     if rendezvous(layout.group, grace_s=RENDEZVOUS_GRACE_S if error is not None else PATIENCE_S):
         layout.publish()
+        layout.has_stale_replicas = False
         return
     if error is None:
         raise PeerError(

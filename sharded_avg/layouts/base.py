@@ -31,6 +31,8 @@ class AbstractLayout(ABC):
     - names are clean, and tied tensors appear once, under their first name in `state_dict()` order.
     """
 
+    has_stale_replicas = False  # a swap ended without the other ranks: their parts of this rank's copy are averages
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 

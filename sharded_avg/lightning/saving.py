@@ -54,11 +54,19 @@ class SaveHook:
         weights = holdings.reachable(trainer, module)
         if weights is None or not weights.average.n_averaged:
             self._before_the_first_update(weights, filepath, write)
-        elif trainer.interrupted and not rendezvous(weights.average.process_group, grace_s=RENDEZVOUS_GRACE_S):
+        elif trainer.interrupted and not self._all_came(weights):
             self._alone(weights, filepath, write)
         else:
             with weights.raw() as is_raw:
                 self._write(weights, is_raw, filepath, bool(weights_only), write)
+
+    @staticmethod
+    def _all_came(weights: Weights) -> bool:
+        """Wait for ranks that may have failed; some may come after others gave up on ending an evaluation together."""
+        if not rendezvous(weights.average.process_group, grace_s=RENDEZVOUS_GRACE_S):
+            return False
+        weights.average.republish()
+        return True
 
     def _take_pending(self, filepath: Any, module: Any) -> None:
         """Saved between a resumed fit's loading and its first step: the average waits, and must not be lost."""
@@ -108,7 +116,8 @@ class SaveHook:
     def _alone(self, weights: Weights, filepath: Any, write: Callable[..., None]) -> None:
         """After an error, and other ranks do not come: nothing that waits for them may be called."""
         strategy = self._trainer.strategy
-        if weights.exchanged or not self._trainer.is_global_zero or collects_together(strategy):
+        torn = weights.exchanged or weights.average.has_stale_replicas
+        if torn or not self._trainer.is_global_zero or collects_together(strategy):
             raise self._peers_gone(filepath)
         self.callback.say(
             f"other ranks did not come within {RENDEZVOUS_GRACE_S:.0f} s: {str(filepath)!r} has the weights, not the "
