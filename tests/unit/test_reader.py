@@ -90,6 +90,20 @@ def test_torch_file_of_a_module(tmp_path):
     assert_reads(TorchFile(tmp_path / "x.pt"), dict(net.state_dict()))
 
 
+def test_torch_file_of_tensors_with_attributes(tmp_path, piece_bytes):
+    """As in FSDP1's full state dicts: a whole one, a view, a scalar."""
+    base = torch.randn(7, 5)
+    tensors = {"whole": base.clone(), "view": base[::2, 1::3], "scalar": torch.tensor(3)}
+    for tensor in tensors.values():
+        tensor._has_been_cloned = True
+    torch.save({"state": tensors, "plain": base}, tmp_path / "x.pt")
+    assert b"_rebuild_from_type_v2" in (tmp_path / "x.pt").read_bytes()
+    assert_reads(
+        TorchFile(tmp_path / "x.pt"),
+        {"plain": base} | {f"state.{name}": tensor for name, tensor in tensors.items()},
+    )
+
+
 def test_torch_file_without_checksums(tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
