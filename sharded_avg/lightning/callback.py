@@ -29,7 +29,7 @@ from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
 from .settings import Included, count, one_of, one_rule
 from .stepping import StepWatch
-from .trainers import callback_class, check, evaluation_loops
+from .trainers import callback_class, check, evaluation_loops, is_named
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class WeightAveraging(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stand where the trainer saves and loads, from here on: it may save long after the run."""
-        others = [c for c in trainer.callbacks if isinstance(c, WeightAveraging) and c is not self]
+        others = [c for c in trainer.callbacks if is_named(c, "WeightAveraging") and c is not self]  # or Lightning's
         if others:
             raise ConfigError(
                 f"the trainer has two averaging callbacks, {type(self).__name__} and {type(others[0]).__name__}, and a "
