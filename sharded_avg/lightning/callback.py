@@ -179,7 +179,7 @@ class WeightAveraging(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update, once for each batch with a real optimizer step; at the end of an epoch, before its validation."""
         if self._watch is not None and self._watch.stepped():
-            weights = self.holdings.of(pl_module)
+            weights = self.holdings.of(pl_module) if self.holdings.pending is None else None
             self._update(self.holdings.begin(trainer, pl_module) if weights is None else weights, trainer)
         if trainer.is_last_batch:
             self._epoch_ended(trainer, pl_module)
@@ -320,7 +320,13 @@ class WeightAveraging(Callback):
         if pending is None and not silently:
             then = "a new average starts from them" if is_fit else "they are evaluated as they are"
             self.say(f"the checkpoint has no average in it: its weights are used, and {then}")
-        self.holdings.found(trainer.lightning_module, pending, is_fit=is_fit)
+        if not (is_fit and self._has(trainer.lightning_module, pending)):
+            self.holdings.found(trainer.lightning_module, pending, is_fit=is_fit)
+
+    def _has(self, module: Any, pending: Pending | None) -> bool:
+        """Whether this is the present average: in the middle of a run, tuners read again what they have just saved."""
+        weights = None if self._watch is None else self.holdings.of(module)
+        return weights is not None and pending is not None and pending.manifest == weights.average.manifest()
 
     @staticmethod
     def say(message: str) -> None:

@@ -279,6 +279,32 @@ def test_tuners_leave_no_trace_in_the_average(how: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob(".*.ckpt")) == []
 
 
+class RollBack(lightning.Callback):
+    """Saves after the second step, and goes back there before the second epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer._checkpoint_connector._restore_modules_and_callbacks(self.path)
+            trainer._checkpoint_connector.resume_end()
+
+
+def test_a_checkpoint_read_in_the_middle_of_a_fit(tmp_path: Path) -> None:
+    """If it is an earlier one, the average goes back with the weights."""
+    callback, recorder = EMAWeightAveraging(decay=DECAY), Recorder()
+    trainer(tmp_path, "single", [callback, recorder, RollBack(tmp_path / "2.ckpt")]).fit(module("single"))
+    assert counts(callback) == (2 + NUM_BATCHES, 2 + NUM_BATCHES)
+    kept = {step: weights for step, weights in recorder.weights.items() if step not in (3, 4)}
+    assert not torch.equal(recorder.weights[5]["head.bias"], plain_training(5)[1][5]["head.bias"])
+    assert_same(full_average(callback), plain_average(kept))
+
+
 def test_fast_dev_run(tmp_path: Path) -> None:
     callback = EMAWeightAveraging(decay=DECAY)
     fitted, model = trainer(tmp_path, "single", [callback], fast_dev_run=2), module("single")
