@@ -336,16 +336,23 @@ def test_an_epoch_is_not_averaged_again_by_a_resumed_run(name: str, tmp_path: Pa
 
 
 class ThirdsAndEpochs(WeightAveraging):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int | None] = []  # about epochs
+
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if step_idx is None:
+            self.asked.append(epoch_idx)
         return epoch_idx == 1 if step_idx is None else step_idx % 3 == 2
 
 
 @pytest.mark.own_processes
 def test_steps_and_epochs(tmp_path: Path) -> None:
-    """An override may choose some of both; in the last batch of an epoch, the step comes first."""
+    """An override may choose some of both, and is asked once about each; the step comes before the epoch's end."""
     seen = fit_and_look(tmp_path, "single", callback=ThirdsAndEpochs())
     assert_same(seen["average"], mean_of([seen["weights"][step] for step in (3, 6, 8)]))
     assert seen["counts"] == (3, NUM_STEPS)
+    assert seen["asked"] == [0, 1]
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
