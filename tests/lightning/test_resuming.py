@@ -299,7 +299,7 @@ def resume_from_torn(tmp_path: Path, name: str, hows: list[str]) -> dict[str, An
 
 @over_names(*FOLDERS)
 def test_torn_folders_are_refused(name: str, tmp_path: Path) -> None:
-    """P95, P96: with advice; by request the weights are used alone, with one warning, and a new average starts."""
+    """P96: with advice; by request the weights are used alone, with one warning, and a new average starts."""
     hows = list(TORN) if name == "fsdp2" else ["without average", "of another step"]
     for rank, outcomes in enumerate(run(name, resume_from_torn, tmp_path, name=name, hows=hows)):
         for how, (strict, lenient) in outcomes.items():
