@@ -261,7 +261,7 @@ def fail_and_save(tmp_path: Path, name: str, moment: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("moment", "step"), [("on_validation_batch_end", NUM_STEPS), ("on_train_batch_start", 5)])
 @over_names("single", "ddp")
 def test_saved_on_an_exception(name: str, moment: str, step: int, tmp_path: Path) -> None:
-    """L6, P18, P67, P109: in validation and in training; each copy under its name, whoever saves, and raw weights after."""
+    """L6, P18, P67, P109: in validation and training; each copy under its name, whoever saves; raw weights after."""
     for weights in run(name, fail_and_save, tmp_path, name=name, moment=moment):
         assert_same(weights, raw_after(step))
     for at in "1234":
