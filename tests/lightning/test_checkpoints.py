@@ -384,3 +384,26 @@ def test_users_own_edits(name: str, tmp_path: Path) -> None:
         assert "calls" not in checkpoint[key]
         assert torch.equal(checkpoint[key]["top.weight"], expected["head.weight"])
     assert_same(Renames.load_from_checkpoint(tmp_path / "renamed.ckpt").state_dict(), average_after(NUM_BATCHES))
+
+
+class Counts(Tiny):
+    """Its hook waits for the other ranks, as one does that gathers something."""
+
+    num_saves = 0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.num_saves += 1
+        self.trainer.strategy.barrier()
+
+
+def fit_counting(tmp_path: Path, name: str) -> int:
+    model, own = module(name, Counts), At("on_validation_end", lambda t: t.save_checkpoint(tmp_path / "x.ckpt"))
+    trainer(tmp_path, name, [own, EMAWeightAveraging(decay=DECAY)], max_epochs=1).fit(model)
+    return model.num_saves
+
+
+@over_names("ddp", "fsdp_full", "fsdp2", "deepspeed_2")
+def test_hooks_are_called_on_all_ranks(name: str, tmp_path: Path) -> None:
+    """P12: once for each copy in a file; for folders once, as without an average. Or a hook that gathers would hang."""
+    copies = 1 if STRATEGIES[name].writes_folder else 2
+    assert run(name, fit_counting, tmp_path, name=name) == [copies] * STRATEGIES[name].world_size

@@ -313,6 +313,23 @@ def test_torn_folders_are_refused(name: str, tmp_path: Path) -> None:
             assert_same(seen["raw"], raw_after(NUM_STEPS))
 
 
+def save_after_fit(tmp_path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    path, callback = tmp_path / "fitted.ckpt", new()
+    fitted = trainer(tmp_path, name, [callback], max_epochs=2)
+    fitted.fit(module(name))
+    fitted.save_checkpoint(path)
+    return full_weights(fitted), restored(tmp_path, name, path)
+
+
+@over_names("fsdp2", "deepspeed_2")
+def test_folder_saved_after_fit(name: str, tmp_path: Path) -> None:
+    """L7, P04: it has the raw weights, though the model has the average, before and after."""
+    for end, seen in run(name, save_after_fit, tmp_path, name=name):
+        assert_same(end, average_after(NUM_STEPS))
+        assert_same(seen["raw"], raw_after(NUM_STEPS))
+        assert_same(seen["average"], average_after(NUM_STEPS))
+
+
 class KilledError(BaseException):
     """What it stands for leaves no time for anything."""
 
