@@ -141,6 +141,7 @@ def test_late_start(name: str, tmp_path: Path) -> None:
             assert_same(seen["average"], expected)
 
 
+@pytest.mark.own_processes
 def test_from_the_middle_of_an_epoch(tmp_path: Path) -> None:
     """No step is taken in twice, and none is left out; Lightning itself begins the data anew, so it says the steps."""
     keeper = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
@@ -157,6 +158,7 @@ def test_from_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert_same(full_average(callback), plain_average(taken_in))
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_placement_is_decided_when_the_model_is_where_it_trains(device: Any, tmp_path: Path) -> None:
     """P20: not when the checkpoint is read, which is before the model is moved; each shard then says where."""
@@ -200,16 +202,21 @@ def resume_with(tmp_path: Path, name: str) -> tuple[dict[str, Any], dict[str, An
     return held[0], state_of(callback, resumed)
 
 
+def pair(saved: str, resumed: str) -> Any:
+    alone = "here" in (STRATEGIES[saved].where, STRATEGIES[resumed].where)
+    return pytest.param(saved, resumed, marks=pytest.mark.own_processes if alone else ())
+
+
 @pytest.mark.parametrize(
     ("saved", "resumed"),
     [
-        ("single", "ddp"),
-        ("ddp", "single"),
-        ("fsdp_full", "single"),
-        ("single", "fsdp_full"),
-        ("ddp", "fsdp2"),
-        ("fsdp2", "fsdp2_3ranks"),
-        ("fsdp2_3ranks", "fsdp2"),
+        pair("single", "ddp"),
+        pair("ddp", "single"),
+        pair("fsdp_full", "single"),
+        pair("single", "fsdp_full"),
+        pair("ddp", "fsdp2"),
+        pair("fsdp2", "fsdp2_3ranks"),
+        pair("fsdp2_3ranks", "fsdp2"),
     ],
 )
 def test_on_another_strategy_or_world_size(saved: str, resumed: str, tmp_path: Path) -> None:
