@@ -59,7 +59,16 @@ def holds_either(shard: Shard, average: Tensor, raw: RawWeights) -> bool:
         return True
     target, values = shard.target, raw.values[shard.name]
     # The last value is of what forward reads; the first, of a master, where an engine without masters reads the shard.
-    return any(torch.equal(target, value.to(target)) for value in (average, values[-1], values[0]))
+    return any(_is_same(target, value.to(target)) for value in (average, values[-1], values[0]))
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    """Bit for bit: a NaN is no other value than itself, and one in the average must not cost the raw weights."""
+    return torch.equal(left, right) or torch.equal(_bytes(left), _bytes(right))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def live_tensors(shard: Shard) -> list[Tensor]:

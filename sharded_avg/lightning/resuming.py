@@ -20,17 +20,18 @@ from torch import Tensor
 
 from .. import names
 from ..averager import ShardedAverage
-from ..checkpoint.folder import read_manifest
+from ..checkpoint.folder import everyone, read_manifest
 from ..checkpoint.importers import find_importer
 from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from ..checkpoint.source import AbstractSource, TensorInfo
-from ..collectives import all_or_none
-from ..errors import CheckpointError
+from ..collectives import all_or_none, gather_objects
+from ..errors import CheckpointError, PeerError
 from ..live import write_live
 from .saving import AVERAGE_FOLDER, KEY, containers_copied
 from .trainers import job_group, loads_by_itself
 
 AVERAGE = "average"  # the only one of a callback
+_ELSEWHERE = "another rank failed"
 
 
 @dataclass
@@ -190,13 +191,28 @@ def _counts(manifest: Manifest | None) -> str:
 
 def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str:
     """Collective: all ranks must call. Load; "" or, if that is not `strict`, why it could not be done."""
+    error: BaseException | None = None
     try:
         with torch.inference_mode(False):
             pending.into(average)
-    except CheckpointError as error:
-        if strict:
-            raise CheckpointError(
-                f"{error}. To start a new average from the weights of this checkpoint, give the callback strict=False"
-            ) from error
-        return str(error)
-    return ""
+    except BaseException as failure:
+        error = failure
+    # What failed on one rank only is a PeerError on the others: they do as it does.
+    reasons: list[str | None] = gather_objects(everyone(average.process_group), _reason(error))
+    if not strict and None not in reasons:
+        said = sorted(filter(None, reasons), key=_ELSEWHERE.__eq__)
+        return said[0] if said else ""
+    if error is None:
+        return ""
+    if strict and isinstance(error, CheckpointError):
+        raise CheckpointError(
+            f"{error}. To start a new average from the weights of this checkpoint, give the callback strict=False"
+        ) from error
+    raise error
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """Why a saved average cannot be used; "" if it can, and `None` for an error of another kind."""
+    if error is None or isinstance(error, PeerError):
+        return "" if error is None else _ELSEWHERE
+    return str(error) if isinstance(error, CheckpointError) else None

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from .. import names
 from ..checkpoint.place import INCOMING, OUTGOING
 from ..collectives import all_or_none, rank_in, rendezvous
-from ..errors import PeerError
+from ..errors import PeerError, UnsupportedModelError
 from .patches import replaced
-from .trainers import collects_together, job_group, writes_folder
+from .trainers import cannot_save, collects_together, job_group, writes_folder
 from .weights import Weights
 
 AVERAGE_FOLDER = "average"
@@ -41,6 +41,11 @@ class SaveHook:
         """Save as the trainer does, with the average."""
         trainer, holdings = self._trainer, self.callback.holdings
         module = trainer.lightning_module
+        if cannot_save(trainer.strategy):
+            raise UnsupportedModelError(
+                f"cannot save {str(filepath)!r}: under ZeRO 3 an evaluation leaves DeepSpeed with an engine that "
+                "writes no checkpoints, until the next fit. Save before you call validate, test or predict"
+            )
         if (present := holdings.in_model(module)) is not None and present.is_moving:  # we are in a signal handler
             present.defer(lambda: self(filepath, weights_only, **options))
             return

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from weakref import ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import nn
@@ -20,6 +20,10 @@ from torch import nn
 from ..averager import ShardedAverage
 from ..collectives import size_of
 from ..replaced import RawWeights
+
+
+class _Move:
+    """Values on their way."""
 
 
 class Weights:
@@ -30,8 +34,8 @@ class Weights:
         self._model = ref(model)
         self._swap: AbstractContextManager[bool] | None = None
         self._kept: RawWeights | None = None
-        self._is_raw_inside = False  # of `raw()`
-        self.is_moving = False  # values are on their way: a signal handler that saves must wait
+        self._is_raw: bool | None = None  # what `raw()` has yielded; None outside
+        self._moves: WeakSet[_Move] = WeakSet()  # that have not ended, one inside the other
         self._deferred: list[Callable[[], None]] = []
 
     @property
@@ -43,6 +47,11 @@ class Weights:
     def exchanged(self) -> bool:
         """Whether the model holds something else than its raw weights."""
         return self._swap is not None or self.finished
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether values are on their way: a signal handler that saves must wait."""
+        return len(self._moves) > 0
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the average was built for `model`, as it is wrapped now."""
@@ -64,13 +73,15 @@ class Weights:
 
     def leave(self, error: BaseException | None = None) -> None:
         """Collective: all ranks must call. Bring the raw weights back; `error` is why, if it is one."""
+        if error is not None:
+            self._moves.clear()  # whatever moved has ended by it
         swap = self._swap
         if swap is not None:
             with self._moving():
                 swap.__exit__(
                     None if error is None else type(error), error, None if error is None else error.__traceback__
                 )
-            self._swap = None
+                self._swap = None
 
     def finish(self) -> None:
         """Collective: all ranks must call. Make the average the model's own, if there is one."""
@@ -86,9 +97,10 @@ class Weights:
 
     def unfinish(self) -> bool:
         """Collective: all ranks must call. Raw weights back for more training; False if the model has other ones."""
-        restored = self._restored()
-        if restored:
-            self._kept = None
+        with self._moving():
+            restored = self._restored()
+            if restored:
+                self._kept = None
         return restored
 
     def _restored(self) -> bool:
@@ -108,12 +120,13 @@ class Weights:
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        self.is_moving = True
+        move = _Move()  # should an interruption keep it from being discarded, it goes with this frame
         try:
+            self._moves.add(move)
             yield
         finally:
-            self.is_moving = False
-        while self._deferred:
+            self._moves.discard(move)
+        while self._deferred and not self.is_moving:
             self._deferred.pop(0)()
 
     @contextmanager
@@ -122,14 +135,15 @@ class Weights:
 
         After an error they stay if there are other ranks: those may be anywhere, and exchanging is collective.
         """
-        if self._is_raw_inside:  # a signal handler that saves while something is saved
-            yield True
+        if self._is_raw is not None:  # a signal handler that saves while something is saved
+            yield self._is_raw
             return
         was_swapped = self._swap is not None
-        self.leave()
-        is_raw = self._restored()
-        self._is_raw_inside = True
+        with self._moving():
+            self.leave()
+            is_raw = self._restored()
         try:
+            self._is_raw = is_raw
             yield is_raw
         except Exception as error:
             if size_of(self.average.process_group) > 1:
@@ -138,7 +152,7 @@ class Weights:
             self._go_back(was_swapped, is_raw)
             raise
         finally:
-            self._is_raw_inside = False
+            self._is_raw = None
         self._go_back(was_swapped, is_raw)
 
     def _go_back(self, was_swapped: bool, is_raw: bool) -> None:
