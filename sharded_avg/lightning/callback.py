@@ -101,6 +101,7 @@ class WeightAveraging(Callback):
         self._watch: StepWatch | None = None
         self._during_run = ExitStack()
         self._is_raw_pass = False
+        self._has_caught_up = False
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = type(self).__new__(type(self))
@@ -157,7 +158,7 @@ class WeightAveraging(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. Build the average; lazy layers put it off until the first step."""
-        self._watch = StepWatch(trainer, trainer.strategy.optimizers)
+        self._watch, self._has_caught_up = StepWatch(trainer, trainer.strategy.optimizers), False
         if not any(is_lazy(parameter) for parameter in pl_module.parameters()):
             self.holdings.begin(trainer, pl_module)
 
@@ -178,11 +179,18 @@ class WeightAveraging(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Update, once for each batch with a real optimizer step; at the end of an epoch, before its validation."""
-        if self._watch is not None and self._watch.stepped():
+        if self._watch is not None and self._watch.stepped() and not self._has_caught_up:
             weights = self.holdings.of(pl_module) if self.holdings.pending is None else None
             self._update(self.holdings.begin(trainer, pl_module) if weights is None else weights, trainer)
+        self._has_caught_up = False
         if trainer.is_last_batch:
             self._epoch_ended(trainer, pl_module)
+
+    def catch_up(self, trainer: Any, weights: Weights) -> None:
+        """Who saves after a step and before our hook saves an average that has taken the step in, too."""
+        if self._watch is not None and self._watch.stepped() and not self._has_caught_up:
+            self._update(weights, trainer)
+            self._has_caught_up = True  # what else steps in this batch is of the same step
 
     def _update(self, weights: Weights, trainer: Any) -> None:
         self.current_epoch = trainer.current_epoch
@@ -285,6 +293,9 @@ class WeightAveraging(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """The raw weights back. Waits for other ranks only as long as they may still come."""
         self.holdings.leave(exception)
+        weights = self.holdings.of(pl_module)
+        if weights is not None and not self.skip_nonfinite:  # which would wait for other ranks
+            self.catch_up(trainer, weights)
         forget_load(pl_module)
         self._end_run()
 

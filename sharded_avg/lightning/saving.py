@@ -57,9 +57,12 @@ class SaveHook:
 
         self._take_pending(filepath, module)
         weights = holdings.reachable(trainer, module)
+        all_came = not trainer.interrupted or weights is None or self._all_came(weights)
+        if weights is not None and all_came:
+            self.callback.catch_up(trainer, weights)
         if weights is None or not weights.average.n_averaged:
             self._before_the_first_update(weights, filepath, write)
-        elif trainer.interrupted and not self._all_came(weights):
+        elif not all_came:
             self._alone(weights, filepath, write)
         else:
             with weights.raw() as is_raw:
