@@ -7,6 +7,7 @@ validation. The long run is a plain loop and a formula.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import shutil
 import warnings
@@ -27,7 +28,7 @@ from sharded_avg.lightning import callback as building
 from .modules import NUM_BATCHES, Tiny
 from .runs import Recorder, full_weights, module, run, trainer
 from .strategies import STRATEGIES
-from .test_checkpoints import FOLDERS, average_after, fail_and_save, inspected, over_names, raw_after
+from .test_checkpoints import FOLDERS, assert_average_in, average_after, fail_and_save, inspected, over_names, raw_after
 from .test_every_strategy import DECAY, At, full_average, plain_average, with_weights
 from .test_harness import NUM_STEPS, assert_same, plain_loss, plain_training
 
@@ -99,11 +100,10 @@ def test_an_extended_run_is_one_long_run(name: str, tmp_path: Path) -> None:
 
     Raw weights, average, counts, and the metrics of every validation.
     """
-    options = {"optimizer": "adam"}
-    _, weights = plain_training(ALL_STEPS, **options)
+    _, weights = plain_training(ALL_STEPS, optimizer="adam")
     averages = [plain_average({step: weights[step] for step in range(1, end + 1)}) for end in (4, 8, 12)]
     losses = [plain_loss(with_weights(average), first=100) for average in averages]
-    for parts in run(name, fit_with_sanity_checks, tmp_path, name=name, options=options):
+    for parts in run(name, fit_with_sanity_checks, tmp_path, name=name, options={"optimizer": "adam"}):
         for seen in parts:
             assert (seen["counts"], seen["step"]) == ((ALL_STEPS, ALL_STEPS), ALL_STEPS)
             assert_same(seen["raw"], weights[ALL_STEPS])
@@ -121,8 +121,8 @@ def resume_late(tmp_path: Path, name: str) -> dict[str, Any]:
         path = tmp_path / f"{epochs}.ckpt"
         before = saved_by(tmp_path, name, path, max_epochs=epochs, **LATE)
         callback, held = new(**LATE), []
-        looks = [At("on_train_epoch_end", lambda t, c=callback, held=held: held.append(state_of(c, t)))]
-        trainer(tmp_path, name, [callback, *looks], max_epochs=3).fit(module(name), ckpt_path=path)
+        look = At("on_train_epoch_end", lambda t, c=callback, held=held: held.append(state_of(c, t)))
+        trainer(tmp_path, name, [callback, look], max_epochs=3).fit(module(name), ckpt_path=path)
         ends[before.average.n_averaged] = held[-1]
     return ends
 
@@ -162,24 +162,20 @@ def test_from_the_middle_of_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", [None, "cpu"])
 def test_placement_is_decided_when_the_model_is_where_it_trains(device: Any, tmp_path: Path) -> None:
     """P20: not when the checkpoint is read, which is before the model is moved; each shard then says where."""
-    path, events = tmp_path / "saved.ckpt", []
+    path, events, callback = tmp_path / "saved.ckpt", [], new(device=device)
     saved_by(tmp_path, "single", path, device=device)
-    callback = new(device=device)
     resumed = trainer(tmp_path, "single", [callback])
 
     def noting(original: Callable[..., Any], event: str) -> Callable[..., Any]:
-        def noted(*arguments: Any, **settings: Any) -> Any:
+        def stand_in(*arguments: Any, **settings: Any) -> Any:
             events.append((event, settings.get("device", "")))
             return original(*arguments, **settings)
 
-        return noted
+        return stand_in
 
+    noted = [(resumed.strategy, "load_checkpoint"), (resumed.strategy, "model_to_device"), (building, "ShardedAverage")]
     with contextlib.ExitStack() as stack:
-        for owner, name in (
-            (resumed.strategy, "load_checkpoint"),
-            (resumed.strategy, "model_to_device"),
-            (building, "ShardedAverage"),
-        ):
+        for owner, name in noted:
             stack.enter_context(mock.patch.object(owner, name, noting(getattr(owner, name), name)))
         resumed.fit(module("single"), ckpt_path=path)
     assert events == [("load_checkpoint", ""), ("model_to_device", ""), ("ShardedAverage", device)]
@@ -195,10 +191,9 @@ def save_with(tmp_path: Path, name: str) -> None:
 
 def resume_with(tmp_path: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is there before the first step, and the rest of the run."""
-    path, callback, held = tmp_path / "saved.ckpt", new(), []
-    looks = [At(moment, lambda t: held.append(state_of(callback, t))) for moment in ("on_train_start", "on_train_end")]
-    resumed = trainer(tmp_path, name, [callback, *looks])
-    resumed.fit(module(name), ckpt_path=path)
+    callback, held = new(), []
+    resumed = trainer(tmp_path, name, [callback, At("on_train_start", lambda t: held.append(state_of(callback, t)))])
+    resumed.fit(module(name), ckpt_path=tmp_path / "saved.ckpt")
     return held[0], state_of(callback, resumed)
 
 
@@ -246,12 +241,13 @@ def resume_after_failing(tmp_path: Path, name: str) -> list[dict[str, Any]]:
 
 
 @over_names("fsdp2", "deepspeed_2")
-def test_raw_weights_of_folders_saved_on_an_exception(name: str, tmp_path: Path) -> None:
-    """L6, P18: test_checkpoints.py looks at the average in them."""
-    for ends in run(name, resume_after_failing, tmp_path, name=name):
-        for seen in ends:
-            assert_same(seen["raw"], raw_after(NUM_STEPS))
-            assert_same(seen["average"], average_after(NUM_STEPS))
+def test_folders_saved_on_an_exception(name: str, tmp_path: Path) -> None:
+    """L6, P18: in validation; who saves is as in test_checkpoints.py."""
+    for seen in itertools.chain(*run(name, resume_after_failing, tmp_path, name=name)):
+        assert_same(seen["raw"], raw_after(NUM_STEPS))
+        assert_same(seen["average"], average_after(NUM_STEPS))
+    for at in "34":
+        assert_average_in(tmp_path / f"{at}.ckpt", NUM_STEPS)
 
 
 def outcome(act: Callable[[], Any]) -> tuple[str, list[str], Any]:
@@ -298,9 +294,7 @@ def resume_from_torn(tmp_path: Path, name: str, hows: list[str]) -> dict[str, An
     outcomes = {}
     for how in hows:
         torn = make_torn(path, early, how)
-        strict = outcome(lambda torn=torn: restored(tmp_path, name, torn))
-        lenient = outcome(lambda torn=torn: restored(tmp_path, name, torn, strict=False))
-        outcomes[how] = (strict, lenient)
+        outcomes[how] = [outcome(lambda t=torn, s=s: restored(tmp_path, name, t, strict=s)) for s in (True, False)]
     return outcomes
 
 
@@ -313,8 +307,7 @@ def test_torn_folders_are_refused(name: str, tmp_path: Path) -> None:
             assert re.search(TORN[how], strict[0]), (how, strict)
             assert strict[0].endswith("give the callback strict=False")
             error, warned, seen = lenient
-            assert error == ""
-            assert len(warned) == (1 if rank == 0 else 0), warned
+            assert (error, len(warned)) == ("", 1 if rank == 0 else 0), warned
             assert all("a new average starts from the weights of the checkpoint" in text for text in warned)
             assert (seen["counts"], seen["average"]) == ((0, 0), None)
             assert_same(seen["raw"], raw_after(NUM_STEPS))
@@ -338,20 +331,19 @@ def test_folder_saved_after_fit(name: str, tmp_path: Path) -> None:
 
 
 class KilledError(BaseException):
-    """What it stands for leaves no time for anything."""
+    pass
 
 
 def overwrite_and_be_killed(tmp_path: Path, name: str) -> dict[str, Any]:
     """One folder, written three times; the third time, the run is killed when the model is there."""
-    path, whole = tmp_path / "one.ckpt", tmp_path / "whole.ckpt"
+    path = tmp_path / "one.ckpt"
     saved_by(tmp_path, name, path, max_epochs=2)
     after_two = restored(tmp_path, name, path)
-    callback = new()
     own = At("on_train_epoch_end", lambda t: t.save_checkpoint(path))
     killed = mock.patch.object(ShardedAverage, "save", side_effect=KilledError)
     with killed, pytest.raises(KilledError):
-        trainer(tmp_path, name, [callback, own], max_epochs=3).fit(module(name), ckpt_path=path)
-    return {"after_two": after_two, "killed": outcome(lambda: restored(tmp_path, name, path)), "whole": whole}
+        trainer(tmp_path, name, [new(), own], max_epochs=3).fit(module(name), ckpt_path=path)
+    return {"after_two": after_two, "killed": outcome(lambda: restored(tmp_path, name, path))}
 
 
 @over_names("fsdp2", "deepspeed_2")
@@ -385,8 +377,7 @@ def test_a_checkpoint_without_an_average(name: str, tmp_path: Path) -> None:
     """P97: its weights are the start of one, and one line says so."""
     expected = average_after(NUM_STEPS, NUM_BATCHES + 1)
     for rank, (raw, (error, warned, end)) in enumerate(run(name, resume_without_average, tmp_path, name=name)):
-        assert error == ""
-        assert len(warned) == (1 if rank == 0 else 0), warned
+        assert (error, len(warned)) == ("", 1 if rank == 0 else 0), warned
         assert all("has no average in it" in text and "a new average starts from them" in text for text in warned)
         assert_same(raw[0], raw_after(NUM_BATCHES))
         assert end["counts"][0] == NUM_BATCHES
