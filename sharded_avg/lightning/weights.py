@@ -22,8 +22,11 @@ from ..collectives import size_of
 from ..replaced import RawWeights
 
 
-class _Move:
-    """Values on their way."""
+class _Block:
+    """A `with` block that has not ended. It dies with the frame that holds it: no interruption can leave it behind."""
+
+    def __init__(self, is_raw: bool = False) -> None:
+        self.is_raw = is_raw  # what `raw()` yields
 
 
 class Weights:
@@ -34,8 +37,8 @@ class Weights:
         self._model = ref(model)
         self._swap: AbstractContextManager[bool] | None = None
         self._kept: RawWeights | None = None
-        self._is_raw: bool | None = None  # what `raw()` has yielded; None outside
-        self._moves: WeakSet[_Move] = WeakSet()  # that have not ended, one inside the other
+        self._raws: WeakSet[_Block] = WeakSet()  # the block of `raw()`, if we are in one
+        self._moves: WeakSet[_Block] = WeakSet()  # those in which values are on their way, one inside the other
         self._deferred: list[Callable[[], None]] = []
 
     @property
@@ -74,7 +77,8 @@ class Weights:
     def leave(self, error: BaseException | None = None) -> None:
         """Collective: all ranks must call. Bring the raw weights back; `error` is why, if it is one."""
         if error is not None:
-            self._moves.clear()  # whatever moved has ended by it
+            self._moves.clear()  # whatever was begun has ended by it
+            self._raws.clear()
         swap = self._swap
         if swap is not None:
             with self._moving():
@@ -120,12 +124,12 @@ class Weights:
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        move = _Move()  # should an interruption keep it from being discarded, it goes with this frame
+        block = _Block()
         try:
-            self._moves.add(move)
+            self._moves.add(block)
             yield
         finally:
-            self._moves.discard(move)
+            self._moves.discard(block)
         while self._deferred and not self.is_moving:
             self._deferred.pop(0)()
 
@@ -135,25 +139,26 @@ class Weights:
 
         After an error they stay if there are other ranks: those may be anywhere, and exchanging is collective.
         """
-        if self._is_raw is not None:  # a signal handler that saves while something is saved
-            yield self._is_raw
+        if (outer := next(iter(self._raws), None)) is not None:  # a signal handler saves while something is saved
+            yield outer.is_raw
             return
         was_swapped = self._swap is not None
+        block = _Block()
         with self._moving():
             self.leave()
-            is_raw = self._restored()
+            block.is_raw = self._restored()
+            self._raws.add(block)
         try:
-            self._is_raw = is_raw
-            yield is_raw
+            yield block.is_raw
         except Exception as error:
             if size_of(self.average.process_group) > 1:
                 _note(error, "saving failed, and the model holds its raw weights from here on")
                 raise
-            self._go_back(was_swapped, is_raw)
+            self._go_back(was_swapped, block.is_raw)
             raise
         finally:
-            self._is_raw = None
-        self._go_back(was_swapped, is_raw)
+            self._raws.discard(block)
+        self._go_back(was_swapped, block.is_raw)
 
     def _go_back(self, was_swapped: bool, is_raw: bool) -> None:
         if was_swapped:

@@ -88,6 +88,19 @@ def other_weights(model: Any, value: float = 7.0) -> None:
 # -- between reading a checkpoint and the first step -------------------------------------------------------------------
 
 
+class FailsBeforeTraining(lightning.Callback):
+    """And saves, as Lightning's OnExceptionCheckpoint does."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        raise ValueError("by design")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        trainer.save_checkpoint(self.path)
+
+
 def fail_before_the_first_step(tmp_path: Path, name: str) -> dict[str, Any]:
     """A run is resumed from the file that it saves to on exceptions, fails before it trains, and is resumed again."""
     path = tmp_path / "exception.ckpt"
@@ -95,13 +108,7 @@ def fail_before_the_first_step(tmp_path: Path, name: str) -> dict[str, Any]:
     first.fit(module(name))
     first.save_checkpoint(path)
 
-    def fail(_: Any) -> None:
-        raise ValueError("by design")
-
-    second = trainer(tmp_path, name, [averaging(), saver_of_exceptions(tmp_path)])
-    for hook in second.callbacks:
-        if isinstance(hook, ModelCheckpoint):
-            hook.on_sanity_check_start = lambda *_: fail(None)
+    second = trainer(tmp_path, name, [averaging(), FailsBeforeTraining(path)])
     with pytest.raises(ValueError, match="by design"):
         second.fit(module(name), ckpt_path=path)
     third_ours = averaging()
@@ -330,7 +337,7 @@ class Disturbed:
         self.folder, self.ours, self.recorder = folder, averaging(), Recorder()
         in_validation = At("on_validation_epoch_end", lambda _: self.save("validation"))
         callbacks = [self.recorder, self.ours, in_validation, saver_of_exceptions(folder)]
-        self.trainer = trainer(folder, "single", callbacks, limit_train_batches=1, limit_val_batches=1, max_epochs=1)
+        self.trainer = trainer(folder, "single", callbacks, limit_train_batches=2, limit_val_batches=1, max_epochs=1)
         self.module = module("single")
         self.lines = Lines(lambda: self.ours.holdings.training, at, lambda: act(self))
 
@@ -356,15 +363,15 @@ class Disturbed:
         return plain_average({past: self.recorder.weights[past] for past in range(1, step + 1)})
 
 
-def undisturbed(folder: Path) -> dict[tuple[Any, ...], int]:
-    """Every line in every state of the weights -> when it comes first."""
+def undisturbed(folder: Path) -> tuple[Disturbed, dict[tuple[Any, ...], int]]:
+    """The whole run, and: every line in every state of the weights -> when it comes first."""
     whole = Disturbed(folder, None, lambda _: None)
     whole.run()
     assert {name for name, _, _ in whole.lines.seen} == set(CODES.values())
-    assert whole.trainer.global_step == 2
+    assert whole.trainer.global_step == 4
     whole.assert_saved(folder / "after.ckpt")
-    assert_same(dict(whole.module.state_dict()), whole.average(2))
-    return {line: whole.lines.seen.index(line) for line in whole.lines.seen}
+    assert_same(dict(whole.module.state_dict()), whole.average(4))
+    return whole, {line: whole.lines.seen.index(line) for line in whole.lines.seen}
 
 
 def interrupt(_: Disturbed) -> None:
@@ -373,7 +380,8 @@ def interrupt(_: Disturbed) -> None:
 
 def test_interrupted_at_any_line(tmp_path: Path) -> None:
     """P18: after Ctrl-C at each line that moves weights, what is saved then, and once more later, has both copies."""
-    for line, at in undisturbed(tmp_path).items():
+    _, lines = undisturbed(tmp_path)
+    for line, at in lines.items():
         folder = tmp_path / str(at)
         run = Disturbed(folder, at, interrupt)
         try:
@@ -396,7 +404,8 @@ def test_interrupted_at_any_line(tmp_path: Path) -> None:
 
 def test_signal_at_any_line(tmp_path: Path) -> None:
     """As before a SLURM requeue, a handler saves: it has both copies, and the run goes on as if nothing had been."""
-    for line, at in undisturbed(tmp_path).items():
+    whole, lines = undisturbed(tmp_path)
+    for line, at in lines.items():
         folder = tmp_path / str(at)
         run = Disturbed(folder, at, lambda _: signal.raise_signal(signal.SIGUSR1))
         listening = signal.signal(signal.SIGUSR1, lambda *_, run=run: run.save("requeue"))
@@ -405,26 +414,14 @@ def test_signal_at_any_line(tmp_path: Path) -> None:
             run.assert_saved(folder / "requeue.ckpt")
             run.assert_saved(folder / "after.ckpt")
             run.assert_saved(run.save("later"))
-            assert counts(run.ours) == (2, 2)
-            assert_same(full_average(run.ours), run.average(2))
-            assert_same(dict(run.module.state_dict()), run.average(2))
-            assert_same(run.recorder.weights[2], raw_after_first_batches())
+            assert counts(run.ours) == (4, 4)
+            assert_same(full_average(run.ours), run.average(4))
+            assert_same(dict(run.module.state_dict()), run.average(4))
+            assert_same(run.recorder.weights[4], whole.recorder.weights[4])
         except BaseException as error:
             raise AssertionError(f"signal at {line}") from error
         finally:
             signal.signal(signal.SIGUSR1, listening)
-
-
-def raw_after_first_batches() -> State:
-    """Of two fits of one batch each: the same batch, by an optimizer that is new in the second."""
-    model = module("single")
-    for _ in range(2):
-        optimizer = model.configure_optimizers()
-        model.move_buffers()
-        model._loss(next(iter(model.train_dataloader()))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return dict(model.state_dict())
 
 
 def test_signal_in_the_middle_of_an_exchange(tmp_path: Path) -> None:
