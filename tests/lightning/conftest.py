@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
+
 from tests.multigpu.conftest import pytest_collection_modifyitems, pytest_sessionfinish  # noqa: F401 - hooks
-from tests.multigpu.pool import under_torchrun
+from tests.multigpu.pool import close_all, under_torchrun
 
 if under_torchrun():
     from tests.multigpu.conftest import tmp_path  # noqa: F401 - a fixture
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _fresh_ranks_afterwards() -> Iterator[None]:
+    """Each Trainer with a device mesh leaves process groups behind, with threads: in the end there are hundreds."""
+    yield
+    if not under_torchrun():
+        close_all()
