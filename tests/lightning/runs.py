@@ -80,7 +80,7 @@ def run(strategy_name: str, body: Callable[..., Any], /, tmp_path: Path, **argum
         return [body(tmp_path=tmp_path, **arguments)]
     if row.where == "fresh":
         return [_run_fresh(body, tmp_path, arguments)]
-    if row.where == "deepspeed" or row.world_size > 3:  # DeepSpeed, and a mesh of two dims, keep groups for the next run
+    if row.where == "deepspeed" or row.world_size > 3:  # DeepSpeed and meshes of two dims keep groups for the next run
         return run_on_ranks(row.world_size, body, kind=row.where, tmp_path=tmp_path, **arguments)
     return run_on_ranks(row.world_size, _end_its_groups, body=body, arguments={"tmp_path": tmp_path, **arguments})
 
