@@ -24,11 +24,6 @@ class RawWeights:
     average: str
     values: dict[str, list[Tensor]]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory on this rank."""
-        return sum(value.nbytes for values in self.values.values() for value in values)
-
 
 def set_aside(average: str, shards: Iterable[Shard]) -> RawWeights:
     """Copies of what these shards hold."""
@@ -41,6 +36,7 @@ def bring_back(raw: RawWeights, shards: Iterable[Shard]) -> None:
     An interruption (Ctrl-C) is raised when all of them are back.
     """
     failure: BaseException | None = None
+    # Not strict: an engine that only evaluates has no masters, and its shards take the first value, cast.
     todo = [pair for shard in shards for pair in zip(live_tensors(shard), raw.values.get(shard.name, []), strict=False)]
     for _ in range(_ATTEMPTS):
         try:

@@ -76,6 +76,7 @@ def _check_sums(piece: io.BytesIO, sinfo: Any) -> None:
         with zipfile.ZipFile(piece) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
+        # zipfile raises the last for an unknown compression method, which a damaged byte can ask for.
         raise CheckpointError(f"{sinfo.relative_path} is truncated or damaged at byte {sinfo.offset}") from error
     if damaged is not None:
         raise CheckpointError(f"{sinfo.relative_path} is damaged: {damaged!r} has another checksum than when saved")

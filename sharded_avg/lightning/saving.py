@@ -22,8 +22,9 @@ from .. import names
 from ..checkpoint.place import INCOMING, OUTGOING
 from ..collectives import all_or_none, rank_in, rendezvous
 from ..errors import PeerError, UnsupportedModelError
+from ..layouts.zero.engine import writes_checkpoints
 from .patches import replaced
-from .trainers import cannot_save, collects_together, job_group, writes_folder
+from .trainers import collects_together, job_group, writes_folder
 from .weights import Weights
 
 AVERAGE_FOLDER = "average"
@@ -41,7 +42,7 @@ class SaveHook:
         """Save as the trainer does, with the average."""
         trainer, holdings = self._trainer, self.callback.holdings
         module = trainer.lightning_module
-        if cannot_save(trainer.strategy):
+        if not writes_checkpoints(trainer.strategy.model):
             raise UnsupportedModelError(
                 f"cannot save {str(filepath)!r}: under ZeRO 3 an evaluation leaves DeepSpeed with an engine that "
                 "writes no checkpoints, until the next fit. Save before you call validate, test or predict"

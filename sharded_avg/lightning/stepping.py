@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ..layouts.zero.engine import steps_taken
 from .trainers import is_named
 
 
@@ -29,7 +30,7 @@ class StepWatch:
 
     def _count(self) -> int:
         if is_named(self._trainer.strategy, "DeepSpeedStrategy"):
-            return int(self._trainer.strategy.model.global_steps)
+            return steps_taken(self._trainer.strategy.model)
         return int(self._trainer.global_step)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:

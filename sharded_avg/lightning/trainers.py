@@ -64,14 +64,6 @@ def loads_by_itself(strategy: Any) -> bool:
     return any(is_named(strategy, name) for name in _FOLDER_FLAGS)
 
 
-def cannot_save(strategy: Any) -> bool:
-    """Whether the engine writes no checkpoints: DeepSpeed's of stage 3 without an optimizer, which only evaluates.
-
-    Asked to, its first rank raises an AttributeError, for which the others wait.
-    """
-    return is_named(strategy, "DeepSpeedStrategy") and getattr(strategy.model, "checkpoint_engine", True) is None
-
-
 def collects_together(strategy: Any) -> bool:
     """Whether all ranks must take part in collecting what a checkpoint has of model and optimizers."""
     return any(is_named(strategy, name) for name in ("DeepSpeedStrategy", *_FOLDER_FLAGS))

@@ -76,6 +76,19 @@ def never_steps(engine: Any) -> bool:
     return idle or not getattr(optimizer, "using_real_optimizer", True)
 
 
+def steps_taken(engine: Any) -> int:
+    """Optimizer steps since `initialize`, skipped ones too; micro-batches in between are none."""
+    return int(need(engine, "global_steps"))
+
+
+def writes_checkpoints(engine: Any) -> bool:
+    """Whether `engine.save_checkpoint` works: not in stage 3 without an optimizer.
+
+    There its first rank raises an AttributeError, for which the others wait.
+    """
+    return not is_a(engine, "DeepSpeedEngine") or need(engine, "checkpoint_engine") is not None
+
+
 def _on_nvme(engine: Any) -> bool:
     return bool(getattr(engine.optimizer, "swap_optimizer", False)) or bool(
         getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
