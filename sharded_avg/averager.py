@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from .arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
-from .collectives import all_or_none, gather_objects
 from .diagnostics import distance
 from .finite import all_finite
 from .keeper import AbstractKeeper, swapped_models
 from .members import Include, Members
+from .ranks import all_or_none, gather_objects
 from .replaced import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from .rules import AbstractRule
 from .schedule import WhenFn

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from . import names, swap
-from .collectives import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
 from .errors import ConfigError, PeerError, UnsupportedModelError
+from .ranks import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
 
 _BUCKET_NUMEL = 8 << 20  # 64 MiB of float64
 _ATTEMPTS = 3  # at putting one value back

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import agree, comm_device, gather_objects, rank_in, send
 from .errors import UnsupportedModelError
+from .ranks import agree, comm_device, gather_objects, rank_in, send
 from .shard import Box, Interval, Region, put, take
 
 BUCKET_BYTES = 64 << 20

@@ -23,12 +23,12 @@ from .arguments import MANIFEST_KEY
 from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
 from .checkpoint.manifest import BESIDE_KEY, Manifest
-from .collectives import all_or_none, gloo_twin
 from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStartedError, SwapError
 from .history import History
 from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
 from .members import Members
+from .ranks import all_or_none, gloo_twin
 from .rules import AbstractRule
 from .schedule import WhenFn
 from .shard import Shard, take

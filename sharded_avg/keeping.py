@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .checkpoint.dcp import Destination, ShardItem
 from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
-from .collectives import rank_in
 from .history import History
 from .members import Members
+from .ranks import rank_in
 from .rules import AbstractRule
 from .schedule import WhenFn, schedule_settings
 from .shard import Box, Shard

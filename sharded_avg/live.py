@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .collectives import all_or_none
 from .layouts.detect import detect
+from .ranks import all_or_none
 from .replaced import live_tensors
 from .shard import take
 

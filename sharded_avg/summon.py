@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import agree, all_or_none, rank_in
 from .errors import ConfigError
 from .gather import Item, gather, scatter
 from .members import Members
+from .ranks import agree, all_or_none, rank_in
 from .shard import Shard
 
 

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..collectives import all_or_none, gather_objects, rank_in
 from ..errors import CheckpointError, ShardedAvgError
+from ..ranks import all_or_none, gather_objects, rank_in
 from .manifest import Manifest
 from .place import MANIFEST_FILE, AbstractPlace, Disk, place_of
 from .reader import DcpFolder

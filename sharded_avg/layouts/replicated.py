@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import names
-from ..collectives import comm_device, rank_in, size_of
 from ..errors import UnsupportedModelError
+from ..ranks import comm_device, rank_in, size_of
 from ..shard import Box, Interval, Region, Shard
 from .base import AbstractLayout, addresses, trainable
 

@@ -24,9 +24,9 @@ from ..checkpoint.folder import everyone, read_manifest
 from ..checkpoint.importers import find_importer
 from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from ..checkpoint.source import AbstractSource, TensorInfo
-from ..collectives import all_or_none, gather_objects
 from ..errors import CheckpointError, PeerError
 from ..live import write_live
+from ..ranks import all_or_none, gather_objects
 from .saving import AVERAGE_FOLDER, KEY, containers_copied
 from .trainers import job_group, loads_by_itself
 

@@ -20,9 +20,9 @@ import torch.distributed as dist
 
 from .. import names
 from ..checkpoint.place import INCOMING, OUTGOING
-from ..collectives import all_or_none, rank_in, rendezvous
 from ..errors import PeerError, UnsupportedModelError
 from ..layouts.zero.engine import writes_checkpoints
+from ..ranks import all_or_none, rank_in, rendezvous
 from .patches import replaced
 from .trainers import collects_together, job_group, writes_folder
 from .weights import Weights

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..averager import ShardedAverage
-from ..collectives import size_of
+from ..ranks import size_of
 from ..replaced import RawWeights
 
 

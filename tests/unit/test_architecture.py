@@ -21,7 +21,7 @@ PACKAGE = ROOT / "sharded_avg"
 FLOORS = {
     "errors": 0,
     "version": 0,
-    "collectives": 1,
+    "ranks": 1,
     "history": 1,
     "names": 1,
     "posthoc": 1,
@@ -32,7 +32,7 @@ FLOORS = {
     "checkpoint.pickles": 1,
     "arguments": 2,
     "gather": 2,
-    "kernels": 2,
+    "tensors": 2,
     "checkpoint.dcp": 2,
     "checkpoint.manifest": 2,
     "checkpoint.place": 2,

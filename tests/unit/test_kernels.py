@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_avg.kernels import chunk_numel, coalesce, flatten, is_dense, pack, split
+from sharded_avg.tensors import chunk_numel, coalesce, flatten, is_dense, pack, split
 
 
 def counted(*shape: int) -> Tensor:
