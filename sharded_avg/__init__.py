@@ -23,8 +23,8 @@ from .errors import (
     SwapError,
     UnsupportedModelError,
 )
-from .rules import EMA, SWA, AbstractRule, CustomRule
-from .schedule import Schedule
+from .rules.base import EMA, SWA, AbstractRule, CustomRule
+from .rules.schedule import Schedule
 from .version import __version__
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks

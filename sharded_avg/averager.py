@@ -26,8 +26,8 @@ from .keeper import AbstractKeeper, swapped_models
 from .members import Include, Members
 from .ranks import all_or_none, gather_objects
 from .replaced import RawWeights, bring_back, holds_either, live_tensors, set_aside
-from .rules import AbstractRule
-from .schedule import WhenFn
+from .rules.base import AbstractRule
+from .rules.schedule import WhenFn
 from .store import Store
 from .summon import full_params
 from .swap import Pair, swapped_in

@@ -29,8 +29,8 @@ from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
 from .members import Members
 from .ranks import all_or_none, gloo_twin
-from .rules import AbstractRule
-from .schedule import WhenFn
+from .rules.base import AbstractRule
+from .rules.schedule import WhenFn
 from .shard import Shard, take
 from .store import Store
 from .swap import Pair

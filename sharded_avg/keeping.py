@@ -20,8 +20,8 @@ from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from .history import History
 from .members import Members
 from .ranks import rank_in
-from .rules import AbstractRule
-from .schedule import WhenFn, schedule_settings
+from .rules.base import AbstractRule
+from .rules.schedule import WhenFn, schedule_settings
 from .shard import Box, Shard
 from .store import Store
 from .version import __version__

@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .rules import AbstractRule
+from .rules.base import AbstractRule
 from .shard import Shard
 from .tensors import Row, chunk_numel, coalesce, is_dense, pack
 

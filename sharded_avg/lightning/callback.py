@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from ..averager import ShardedAverage
 from ..errors import ConfigError
-from ..rules import AbstractLerpRule, AbstractRule, AvgFn, MultiAvgFn
+from ..rules.base import AbstractLerpRule, AbstractRule, AvgFn, MultiAvgFn
 from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..rules import EMA
+from ..rules.base import EMA
 from .callback import WeightAveraging
 from .settings import count
 

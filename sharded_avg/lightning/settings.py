@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rules import SWA, AbstractRule, AvgFn, CustomRule, MultiAvgFn
+from ..rules.base import SWA, AbstractRule, AvgFn, CustomRule, MultiAvgFn
 
 _SETTINGS = {"evaluate_with": ("average", "raw", "both"), "end_with": ("average", "raw")}
 

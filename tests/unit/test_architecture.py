@@ -25,8 +25,8 @@ FLOORS = {
     "history": 1,
     "names": 1,
     "posthoc": 1,
-    "rules": 1,
-    "schedule": 1,
+    "rules.base": 1,
+    "rules.schedule": 1,
     "shard": 1,
     "checkpoint.archive": 1,
     "checkpoint.pickles": 1,
@@ -77,7 +77,11 @@ FLOORS = {
     "cli": 12,
     "__main__": 13,
 }
-EMPTY = {"checkpoint", "layouts"}  # __init__.py files that must stay empty, so that they have no floor
+EMPTY = {
+    "rules",
+    "checkpoint",
+    "layouts",
+}  # rooms whose __init__.py says what they are and no more, so that it has no floor
 # (importer, imported): upward imports inside a function, each with a reason beside it.
 LAZY_UPWARD: set[tuple[str, str]] = set()
 
@@ -149,7 +153,7 @@ def test_every_file_has_a_floor() -> None:
 
 @pytest.mark.parametrize("module", sorted(EMPTY))
 def test_folders_have_no_code_of_their_own(module: str) -> None:
-    assert not modules()[module].body
+    assert not [node for node in modules()[module].body if not isinstance(node, ast.Expr)]
 
 
 def test_imports_point_down() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
 
 AvgFn = Callable[[Tensor, Tensor, int], Tensor]
 MultiAvgFn = Callable[[list[Tensor], list[Tensor], int], None]

@@ -1,0 +1,1 @@
+"""How and when an average takes weights in: a family, one file each."""
