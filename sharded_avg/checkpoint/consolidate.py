@@ -19,10 +19,11 @@ import torch
 
 from ..errors import ConfigError
 from ..version import __version__
+from .from_source import write_folder
 from .manifest import AverageRecord, Manifest, TensorRecord
 from .merge import Merged
 from .open import StrPath, open_source
-from .sinks import write_folder, write_safetensors, write_torch
+from .sinks import write_safetensors, write_torch
 from .source import AbstractSource, Cast, Watched
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

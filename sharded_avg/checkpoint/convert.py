@@ -21,10 +21,10 @@ from ..errors import CheckpointError, ConfigError
 from .consolidate import Report, Target, exported_facts, manifest_of
 from .exporters import raw_weights, write_averaged_model, write_lightning
 from .files import load_json
+from .from_source import write_folder
 from .importers import IMPORTERS, Names, find_importer
 from .manifest import Manifest
 from .open import open_source
-from .sinks import write_folder
 from .source import AbstractSource, Cast, Renamed
 
 TARGETS = ("sharded_avg", "averaged_model", "lightning", "safetensors", "torch")

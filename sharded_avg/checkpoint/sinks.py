@@ -2,7 +2,6 @@
 
     write_safetensors         one file, or the several of a given size that model.safetensors.index.json names
     write_torch               one file that torch.load(weights_only=True) reads
-    write_folder              a folder that ShardedAverage.load reads
     appearing                 a file that has its name only when it is whole
 
 Each holds one slab of at most SLAB_BYTES at a time, whatever the size of the tensors. The writers are our own because
@@ -26,16 +25,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..errors import ConfigError
 from ..shard import Box
 from .files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
-from .folder import save_folder
-from .manifest import BESIDE_KEY, Manifest
-from .place import MANIFEST_FILE, place_of
 from .source import AbstractSource, TensorInfo
 from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
 
@@ -264,65 +257,3 @@ def _pickled(
     stream = io.BytesIO()
     _Pickler(stream, protocol=2).dump(OrderedDict(arrange(tensors)))
     return stream.getvalue()
-
-
-class SourceItem(Tensor):
-    """One tensor of a source in a DCP state dict: DCP asks for one slab at a time, and writes it."""
-
-    _read: tuple[AbstractSource, str]
-
-    @staticmethod
-    def __new__(cls, source: AbstractSource, name: str) -> SourceItem:
-        info = source.infos[name]
-        item: SourceItem = Tensor._make_wrapper_subclass(cls, info.shape, dtype=info.dtype, device=torch.device("cpu"))
-        item._read = source, name
-        return item
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} on a tensor that is still in its file")
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SourceItem({self._read[1]!r}, {tuple(self.shape)}, {self.dtype})"
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        source, name = self._read
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(box.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)),
-                    properties=properties,
-                    size=self.shape,
-                ),
-            )
-            for box in slabs(source.infos[name])
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        source, name = self._read
-        boxes = {box.offsets: box for box in slabs(source.infos[name])}
-        return source.read(name, boxes[tuple(index.offset or ())])
-
-
-def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None:
-    """Write the one average of `manifest` as ShardedAverage.save does.
-
-    Tensors of `source` that `manifest` does not list (buffers, frozen parameters) are written beside the average: they
-    belong to its full state, and ShardedAverage.load has no use for them.
-    """
-    (average,) = manifest.averages
-    beside = [name for name in source.infos if name not in manifest.tensors and name not in manifest.aliases]
-    state = {
-        "manifest": manifest.to_json(),
-        average: {name: SourceItem(source, name) for name in manifest.tensors},
-        **({BESIDE_KEY: {name: SourceItem(source, name) for name in beside}} if beside else {}),
-    }
-    try:
-        save_folder(path, state, manifest, None)
-    finally:
-        incoming = Path(place_of(path).incoming)
-        if not (incoming / MANIFEST_FILE).exists():  # a whole one is somebody's only copy
-            shutil.rmtree(incoming, ignore_errors=True)

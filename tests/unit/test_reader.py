@@ -17,9 +17,9 @@ import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, NotStartedError, ShardedAverage
 from sharded_avg.checkpoint import stored
 from sharded_avg.checkpoint.files import SafetensorsFiles, TorchFile
+from sharded_avg.checkpoint.from_source import SourceItem
 from sharded_avg.checkpoint.open import open_source
 from sharded_avg.checkpoint.reader import DcpFolder
-from sharded_avg.checkpoint.sinks import SourceItem
 from sharded_avg.checkpoint.source import AbstractSource, TensorInfo
 from sharded_avg.shard import Box, take
 
