@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, NotStartedError
-from .files import load_json
+from ..files.dcp_folder import INDEX_FILE, DcpFolder
+from ..files.source import AbstractSource, Renamed
+from ..files.weight_files import load_json
 from .manifest import BESIDE_KEY, FORMAT, Manifest
 from .place import MANIFEST_FILE, place_of
-from .reader import INDEX_FILE, DcpFolder
-from .source import AbstractSource, Renamed
 
 MANIFEST_KEY = "manifest"
 _MAX_DEPTH, _MAX_MANIFEST_BYTES = 2, 1 << 30

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..files.sinks import write_safetensors, write_torch
+from ..files.source import AbstractSource, Cast, Watched
 from ..version import __version__
 from .from_source import write_folder
 from .manifest import AverageRecord, Manifest, TensorRecord
 from .merge import Merged
 from .open import StrPath, open_source
-from .sinks import write_safetensors, write_torch
-from .source import AbstractSource, Cast, Watched
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 Report = Callable[[int, int], None]  # bytes so far, bytes in all

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files.sinks import write_torch
+from ..files.source import AbstractSource, Renamed, TensorInfo
 from ..shard import Box, take
 from .importers import open_content
-from .sinks import write_torch
-from .source import AbstractSource, Renamed, TensorInfo
 
 _LIGHTNING_VERSION = "2.6.0"  # the first whose callbacks write this format
 

@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from ..errors import CheckpointError, ShardedAvgError
+from ..files.dcp_folder import DcpFolder
 from ..ranks import all_or_none, gather_objects, rank_in
 from .manifest import Manifest
 from .place import MANIFEST_FILE, AbstractPlace, Disk, place_of
-from .reader import DcpFolder
 from .safe import safe_storage_reader
 
 Path = str | os.PathLike[str]

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from ..files.sinks import slabs
+from ..files.source import AbstractSource
 from .folder import save_folder
 from .manifest import BESIDE_KEY, Manifest
 from .place import MANIFEST_FILE, place_of
-from .sinks import slabs
-from .source import AbstractSource
 
 
 class SourceItem(Tensor):

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..files.source import AbstractSource, TensorInfo
 from .averages import SavedAverages, saved_averages
 from .manifest import FORMAT
 from .open import StrPath, open_source
-from .source import AbstractSource, TensorInfo
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..files.source import AbstractSource, TensorInfo
 from ..shard import Box
-from .source import AbstractSource, TensorInfo
 
 WSM_SHAPES: dict[str, Callable[[float], float]] = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
 

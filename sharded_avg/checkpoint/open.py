@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..files.dcp_folder import INDEX_FILE, DcpFolder
+from ..files.source import AbstractSource, Renamed
+from ..files.weight_files import SafetensorsFiles, TorchFile, safetensors_of
 from .averages import saved_averages
-from .files import SafetensorsFiles, TorchFile, safetensors_of
 from .importers import find_importer
-from .reader import INDEX_FILE, DcpFolder
-from .source import AbstractSource, Renamed
 
 _ONLY_NAME = "average"
 StrPath = str | os.PathLike[str]

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ..errors import CheckpointError
-from .pickles import load_inert
-from .reader import admits_index
+from ..files.dcp_folder import admits_index
+from ..files.pickles import load_inert
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -23,8 +23,8 @@ from ..averager import ShardedAverage
 from ..checkpoint.folder import everyone, read_manifest
 from ..checkpoint.importers import find_importer
 from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
-from ..checkpoint.source import AbstractSource, TensorInfo
 from ..errors import CheckpointError, PeerError
+from ..files.source import AbstractSource, TensorInfo
 from ..live import write_live
 from ..ranks import all_or_none, gather_objects
 from .saving import AVERAGE_FOLDER, KEY, containers_copied

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from sharded_avg import EMA, SWA, ShardedAverage
-from sharded_avg.checkpoint import sinks
-from sharded_avg.checkpoint.stored import Stored, StoredFile
 from sharded_avg.cli import _bytes, main
+from sharded_avg.files import sinks
+from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.shard import Box
 from tests.unit.test_consolidate import sparse_folder
 

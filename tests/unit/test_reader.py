@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, NotStartedError, ShardedAverage
-from sharded_avg.checkpoint import stored
-from sharded_avg.checkpoint.files import SafetensorsFiles, TorchFile
 from sharded_avg.checkpoint.from_source import SourceItem
 from sharded_avg.checkpoint.open import open_source
-from sharded_avg.checkpoint.reader import DcpFolder
-from sharded_avg.checkpoint.source import AbstractSource, TensorInfo
+from sharded_avg.files import stored
+from sharded_avg.files.dcp_folder import DcpFolder
+from sharded_avg.files.source import AbstractSource, TensorInfo
+from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
 from sharded_avg.shard import Box, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
@@ -146,7 +146,7 @@ class Cut(AbstractSource):
 
 def test_dcp_folder_of_many_pieces(tmp_path, monkeypatch, piece_bytes):
     """Each tensor is stored in Boxes of at most 6 bytes to 6 floats, as if as many ranks had written it."""
-    from sharded_avg.checkpoint import sinks
+    from sharded_avg.files import sinks
 
     whole = sinks.slabs
     monkeypatch.setattr(sinks, "slabs", lambda info: whole(info, max_bytes=24))

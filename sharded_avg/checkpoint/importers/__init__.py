@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 from ...errors import CheckpointError, ConfigError
-from ..source import AbstractSource
+from ...files.source import AbstractSource
 from .base import AbstractImporter, Content, Names
 from .composer import ComposerImporter
 from .entries import (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..source import AbstractSource
+from ...files.source import AbstractSource
 from .base import AbstractImporter, Content, Names, is_state
 
 

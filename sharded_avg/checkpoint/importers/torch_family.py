@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ..source import AbstractSource
+from ...files.source import AbstractSource
 from .base import AbstractImporter, Content, Names, ema_rule, in_order, numbered
 
 _MAX_DEPTH = 3

@@ -28,9 +28,9 @@ import torch
 
 from ..errors import ConfigError
 from ..shard import Box
-from .files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
 from .source import AbstractSource, TensorInfo
 from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
+from .weight_files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
 
 SLAB_BYTES = 16 << 20
 _ALIGNMENT = 64
