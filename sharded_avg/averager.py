@@ -23,14 +23,14 @@ from .arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers
 from .diagnostics import distance
 from .finite import all_finite
 from .keeper import AbstractKeeper, swapped_models
-from .members import Include, Members
 from .ranks import all_or_none, gather_objects
-from .replaced import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
 from .store import Store
 from .summon import full_params
 from .swap import Pair, swapped_in
+from .weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
+from .weights.members import Include, Members
 
 
 class ShardedAverage(AbstractKeeper):

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from . import names, swap
+from . import swap
 from .errors import ConfigError, PeerError, UnsupportedModelError
 from .ranks import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
+from .weights import names
 
 _BUCKET_NUMEL = 8 << 20  # 64 MiB of float64
 _ATTEMPTS = 3  # at putting one value back

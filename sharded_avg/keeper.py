@@ -27,13 +27,13 @@ from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStarted
 from .history import History
 from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
-from .members import Members
 from .ranks import all_or_none, gloo_twin
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
 from .shard import Shard, take
 from .store import Store
 from .swap import Pair
+from .weights.members import Members
 
 swapped_models: WeakSet[nn.Module] = WeakSet()  # of any ShardedAverage: a model may have several
 

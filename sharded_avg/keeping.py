@@ -18,13 +18,13 @@ from torch import Tensor
 from .checkpoint.dcp import Destination, ShardItem
 from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from .history import History
-from .members import Members
 from .ranks import rank_in
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn, schedule_settings
 from .shard import Box, Shard
 from .store import Store
 from .version import __version__
+from .weights.members import Members
 
 
 class Incoming:

@@ -14,9 +14,9 @@ from .checkpoint.dcp import ShardItem
 from .checkpoint.fit import LoadResult
 from .checkpoint.manifest import Manifest
 from .keeping import Incoming, items_of
-from .members import Members
 from .shard import Shard
 from .store import Store
+from .weights.members import Members
 
 
 class Loading:

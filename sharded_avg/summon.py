@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .gather import Item, gather, scatter
-from .members import Members
 from .ranks import agree, all_or_none, rank_in
 from .shard import Shard
+from .weights.members import Members
 
 
 @contextmanager

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from .errors import PeerError, SwapError
-from .layouts.base import AbstractLayout
 from .ranks import agree, rendezvous
 from .tensors import coalesce, pack, split
+from .weights.layouts.base import AbstractLayout
 
 SCRATCH_BYTES = 64 << 20
 RENDEZVOUS_GRACE_S = 30.0  # for a rank that failed

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import names
 from ..averager import ShardedAverage
 from ..checkpoint.folder import everyone, read_manifest
 from ..checkpoint.importers import find_importer
 from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from ..errors import CheckpointError, PeerError
 from ..files.source import AbstractSource, TensorInfo
-from ..live import write_live
 from ..ranks import all_or_none, gather_objects
+from ..weights import names
+from ..weights.write import write_live
 from .saving import AVERAGE_FOLDER, KEY, containers_copied
 from .trainers import job_group, loads_by_itself
 

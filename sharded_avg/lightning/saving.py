@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import names
 from ..checkpoint.place import INCOMING, OUTGOING
 from ..errors import PeerError, UnsupportedModelError
-from ..layouts.zero.engine import writes_checkpoints
 from ..ranks import all_or_none, rank_in, rendezvous
+from ..weights import names
+from ..weights.layouts.zero.engine import writes_checkpoints
 from .patches import replaced
 from .trainers import collects_together, job_group, writes_folder
 from .weights import Weights

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..averager import ShardedAverage
 from ..ranks import size_of
-from ..replaced import RawWeights
+from ..weights.aside import RawWeights
 
 
 class _Block:

@@ -25,10 +25,11 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from sharded_avg import ShardedAverage, averager, load_averaged_state_dict, replaced, swap
+from sharded_avg import ShardedAverage, averager, load_averaged_state_dict, swap
 from sharded_avg.errors import CheckpointError, PeerError, UnsupportedModelError
 from sharded_avg.lightning import EMAWeightAveraging, resuming, saving
 from sharded_avg.lightning.weights import Weights
+from sharded_avg.weights import aside as replaced
 
 from .modules import NUM_BATCHES
 from .runs import Recorder, full_weights, module, run, trainer

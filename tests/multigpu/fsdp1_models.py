@@ -26,8 +26,8 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.func import functional_call
 
-from sharded_avg.layouts.fsdp1 import Fsdp1Layout
 from sharded_avg.shard import Interval, Shard
+from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
 
 STRATEGIES = ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"]
 LOW = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, buffer_dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, LayoutChangedError, ShardedAverage
-from sharded_avg.layouts.zero import ZeroLayout
+from sharded_avg.weights.layouts.zero import ZeroLayout
 
 from .engines import Row, mesh, run_row
 from .models import batch

@@ -17,8 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from sharded_avg.layouts.fsdp1 import Fsdp1Layout
 from sharded_avg.shard import Box, Interval
+from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
 
 from .fsdp1_models import (
     LOW,

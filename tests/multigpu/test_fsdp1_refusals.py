@@ -15,7 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_avg.errors import EngineVersionError, LayoutChangedError, UnsupportedModelError
-from sharded_avg.layouts.fsdp1 import Fsdp1Layout
+from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
 
 from .fsdp1_models import (
     assert_state,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sharded_avg import EMA, ShardedAverage, ShardedAvgError, UnsupportedModelError
 from sharded_avg.checkpoint.manifest import Manifest
-from sharded_avg.live import write_live
+from sharded_avg.weights.write import write_live
 
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, run_row
 from .models import batch

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_avg import EMA, ShardedAverage
-from sharded_avg.layouts import zero
-from sharded_avg.layouts.zero import ZeroLayout, looks_like_zero
 from sharded_avg.shard import Box, Interval, Shard
+from sharded_avg.weights.layouts import zero
+from sharded_avg.weights.layouts.zero import ZeroLayout, looks_like_zero
 
 from .pool import on_ranks
 from .zero_engines import (

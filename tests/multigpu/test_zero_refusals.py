@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sharded_avg.errors import EngineVersionError, LayoutChangedError, ShardedAvgError, UnsupportedModelError
-from sharded_avg.layouts.detect import detect
-from sharded_avg.layouts.zero import ZeroLayout, looks_like_zero
+from sharded_avg.weights.layouts.detect import detect
+from sharded_avg.weights.layouts.zero import ZeroLayout, looks_like_zero
 
 from .pool import on_ranks
 from .zero_engines import assert_same, engine_of, every_stage, gathered, settings, train
@@ -157,5 +157,5 @@ def test_claims_engines_only() -> None:
 
 
 def test_deepspeed_is_not_imported() -> None:
-    code = "import sys, sharded_avg.layouts.zero; sys.exit('deepspeed' in sys.modules)"
+    code = "import sys, sharded_avg.weights.layouts.zero; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

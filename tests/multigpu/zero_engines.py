@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_avg.layouts.zero import ZeroLayout
 from sharded_avg.shard import Interval, Shard, put
+from sharded_avg.weights.layouts.zero import ZeroLayout
 
 KEPT_ELEMENTS = 8  # parameters up to this size stay gathered under stage 3
 Config = dict[str, Any]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sharded_avg import EMA, LayoutChangedError, ShardedAverage
-from sharded_avg.layouts.dtensor import DTensorLayout
-from sharded_avg.layouts.replicated import ReplicatedLayout
-from sharded_avg.members import Members
+from sharded_avg.weights.layouts.dtensor import DTensorLayout
+from sharded_avg.weights.layouts.replicated import ReplicatedLayout
+from sharded_avg.weights.members import Members
 
 DECAY = 0.75
 

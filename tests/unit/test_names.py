@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from sharded_avg.names import Tree, entries, extra_state, split_ties, unwrap, walk
+from sharded_avg.weights.names import Tree, entries, extra_state, split_ties, unwrap, walk
 
 
 class Awkward(nn.Module):

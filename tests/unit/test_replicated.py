@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_avg.layouts.replicated import Cut, cut_line, piece
 from sharded_avg.shard import Box, Interval
+from sharded_avg.weights.layouts.replicated import Cut, cut_line, piece
 
 LINES: dict[str, list[Tensor]] = {
     "odd sizes": [torch.zeros(3, 5), torch.zeros(7), torch.zeros(1), torch.zeros(())],

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...errors import UnsupportedModelError
-from ...shard import Interval
+from ....errors import UnsupportedModelError
+from ....shard import Interval
 from .engine import STAGE_3_EVALUATION, is_a, need, never_steps
 from .piece import EMPTY, AbstractWeights, Piece
 

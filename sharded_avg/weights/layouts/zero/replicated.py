@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...errors import LayoutChangedError
-from ...shard import Box
+from ....errors import LayoutChangedError
+from ....shard import Box
 from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need, never_steps
 from .piece import AbstractWeights, Piece
 from .run import Run, Span

@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...errors import EngineVersionError, LayoutChangedError, UnsupportedModelError
+from ...shard import Box, Interval, Shard
 from .. import names
-from ..errors import EngineVersionError, LayoutChangedError, UnsupportedModelError
-from ..shard import Box, Interval, Shard
 from .base import AbstractLayout
 
 _UNIT_NAMES = ("_handle", "training_state")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...shard import Interval, Region
+from ....shard import Interval, Region
 
 EMPTY = Interval(0, 0)
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...shard import Shard
 from .. import names
-from ..shard import Shard
 
 
 class AbstractLayout(ABC):

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ranks import all_or_none
+from ..shard import take
+from .aside import live_tensors
 from .layouts.detect import detect
-from .ranks import all_or_none
-from .replaced import live_tensors
-from .shard import take
 
 
 @torch.no_grad()

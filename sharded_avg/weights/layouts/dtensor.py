@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
+from ...errors import EngineVersionError, UnsupportedModelError
+from ...shard import Box, Shard
 from .. import names
-from ..errors import EngineVersionError, UnsupportedModelError
-from ..shard import Box, Shard
 from .base import AbstractLayout, addresses, trainable
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .shard import Shard
+from ..shard import Shard
 
 _ATTEMPTS = 3  # at bringing raw weights back
 

@@ -22,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...errors import UnsupportedModelError
+from ...ranks import comm_device, rank_in, size_of
+from ...shard import Box, Interval, Region, Shard
 from .. import names
-from ..errors import UnsupportedModelError
-from ..ranks import comm_device, rank_in, size_of
-from ..shard import Box, Interval, Region, Shard
 from .base import AbstractLayout, addresses, trainable
 
 _BUCKET_BYTES = 64 << 20

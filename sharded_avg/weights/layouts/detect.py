@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ...errors import ConfigError, UnsupportedModelError
 from .. import names
-from ..errors import ConfigError, UnsupportedModelError
 from .base import AbstractLayout
 from .dtensor import DTensorLayout
 from .fsdp1 import Fsdp1Layout

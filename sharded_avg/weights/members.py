@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import ConfigError, LayoutChangedError, UnsupportedModelError
+from ..shard import Shard
 from . import names
-from .errors import ConfigError, LayoutChangedError, UnsupportedModelError
 from .layouts.base import AbstractLayout
 from .layouts.detect import detect, layout_class
-from .shard import Shard
 
 Include = Callable[[str, Tensor], bool]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import EngineVersionError, UnsupportedModelError
+from ....errors import EngineVersionError, UnsupportedModelError
 
 # optimizer class -> (lists of parameters, flat low-precision weights, fp32 masters), each one entry per parameter group
 FLAT_ATTRIBUTES = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...shard import Interval
+from ....shard import Interval
 from .piece import EMPTY, Piece
 
 SCRATCH_BYTES = 64 << 20

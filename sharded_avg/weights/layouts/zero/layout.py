@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ....errors import LayoutChangedError, UnsupportedModelError
+from ....shard import Box, Shard
 from ... import names
-from ...errors import LayoutChangedError, UnsupportedModelError
-from ...shard import Box, Shard
 from ..base import AbstractLayout, trainable
 from .engine import STAGE_3, STAGE_3_EVALUATION, is_a, kind, moved_away, need, never_steps, refuse
 from .partitioned import Partitioned

@@ -1,0 +1,1 @@
+"""What one rank holds of a model, whatever engine cut it."""
