@@ -19,19 +19,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .arguments import MANIFEST_KEY
+from .averages.arguments import MANIFEST_KEY
+from .averages.history import History
+from .averages.store import Store
 from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
 from .checkpoint.manifest import BESIDE_KEY, Manifest
 from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStartedError, SwapError
-from .history import History
 from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
 from .ranks import all_or_none, gloo_twin
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
 from .shard import Shard, take
-from .store import Store
 from .swap import Pair
 from .weights.members import Members
 

@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .averages.history import History
+from .averages.store import Store
 from .checkpoint.dcp import Destination, ShardItem
 from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
-from .history import History
 from .ranks import rank_in
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn, schedule_settings
 from .shard import Box, Shard
-from .store import Store
 from .version import __version__
 from .weights.members import Members
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .averages.store import Store
 from .checkpoint.dcp import ShardItem
 from .checkpoint.fit import LoadResult
 from .checkpoint.manifest import Manifest
 from .keeping import Incoming, items_of
 from .shard import Shard
-from .store import Store
 from .weights.members import Members
 
 

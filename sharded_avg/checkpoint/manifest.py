@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..averages.history import History
 from ..errors import CheckpointError
-from ..history import History
 
 FORMAT = "sharded_avg"
 VERSION = 1

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage, swap
-from sharded_avg.store import Store
+from sharded_avg.averages.store import Store
 
 from .pool import on_ranks
 

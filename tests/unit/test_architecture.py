@@ -22,7 +22,7 @@ FLOORS = {
     "errors": 0,
     "version": 0,
     "ranks": 1,
-    "history": 1,
+    "averages.history": 1,
     "weights.names": 1,
     "posthoc": 1,
     "rules.base": 1,
@@ -30,7 +30,7 @@ FLOORS = {
     "shard": 1,
     "files.archive": 1,
     "files.pickles": 1,
-    "arguments": 2,
+    "averages.arguments": 2,
     "gather": 2,
     "tensors": 2,
     "checkpoint.dcp": 2,
@@ -39,7 +39,7 @@ FLOORS = {
     "files.source": 2,
     "files.stored": 2,
     "weights.layouts.base": 2,
-    "store": 3,
+    "averages.store": 3,
     "swap": 3,
     "files.weight_files": 3,
     "checkpoint.fit": 3,
@@ -79,6 +79,7 @@ FLOORS = {
     "__main__": 13,
 }
 EMPTY = {
+    "averages",
     "weights",
     "files",
     "rules",
@@ -94,7 +95,7 @@ KNOWN_TO = {
     "lightning": {"lightning", "benchmark"},
     "pytorch_lightning": {"lightning", "benchmark"},
     "torch.distributed.fsdp._": {"weights.layouts.fsdp1"},
-    "torch.distributed.checkpoint": {"checkpoint", "averager", "benchmark", "lightning"},
+    "torch.distributed.checkpoint": {"checkpoint", "saved", "averager", "benchmark", "lightning"},
 }
 
 MAX_PUBLIC_NAMES = 20

@@ -398,7 +398,7 @@ def test_no_room_for_newcomers(monkeypatch):
     average.update()
     model[0].requires_grad_(True)
     with monkeypatch.context() as patched:
-        patched.setattr("sharded_avg.store._empty", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        patched.setattr("sharded_avg.averages.store._empty", lambda *_: (_ for _ in ()).throw(MemoryError()))
         with pytest.raises(MemoryError):
             average.update()
     assert len(average.state_dict()["average"]) == 2

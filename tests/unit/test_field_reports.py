@@ -16,7 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from sharded_avg import EMA, SWA, CheckpointError, Schedule, ShardedAverage, load_averaged_state_dict, store
+from sharded_avg import EMA, SWA, CheckpointError, Schedule, ShardedAverage, load_averaged_state_dict
+from sharded_avg.averages import store
 from sharded_avg.shard import Box, Shard
 
 DECAY = 0.75

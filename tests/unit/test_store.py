@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, SWA, CustomRule, ShardedAverage
+from sharded_avg.averages.store import Store
 from sharded_avg.shard import Box, Shard
-from sharded_avg.store import Store
 
 DECAY = 0.75
 RULES = {"fast": EMA(decay=DECAY), "mean": SWA()}

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from .errors import ConfigError
-from .rules.base import AbstractRule
-from .rules.schedule import Schedule, WhenFn
+from ..errors import ConfigError
+from ..rules.base import AbstractRule
+from ..rules.schedule import Schedule, WhenFn
 
 DEFAULT_NAME = "average"
 MANIFEST_KEY = "manifest"  # stands beside the averages' names in a state dict

@@ -17,9 +17,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .rules.base import AbstractRule
-from .shard import Shard
-from .tensors import Row, chunk_numel, coalesce, is_dense, pack
+from ..rules.base import AbstractRule
+from ..shard import Shard
+from ..tensors import Row, chunk_numel, coalesce, is_dense, pack
 
 Key = tuple[torch.device, torch.dtype]
 

@@ -1,0 +1,1 @@
+"""What is kept: the averaged shards, and how far they have come."""
