@@ -22,13 +22,13 @@ from torch import nn
 from .averages.arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
 from .averages.store import Store
 from .diagnostics import distance
+from .exchange.summon import full_params
+from .exchange.swap import Pair, swapped_in
 from .finite import all_finite
 from .keeper import AbstractKeeper, swapped_models
 from .ranks import all_or_none, gather_objects
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
-from .summon import full_params
-from .swap import Pair, swapped_in
 from .weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from .weights.members import Include, Members
 

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from . import swap
 from .errors import ConfigError, PeerError, UnsupportedModelError
+from .exchange import swap
 from .ranks import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
 from .weights import names
 

@@ -26,13 +26,13 @@ from .checkpoint.fit import LoadResult, compare
 from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
 from .checkpoint.manifest import BESIDE_KEY, Manifest
 from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStartedError, SwapError
+from .exchange.swap import Pair
 from .keeping import Incoming, buffers_of, describe, items_of
 from .loading import Loading
 from .ranks import all_or_none, gloo_twin
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
 from .shard import Shard, take
-from .swap import Pair
 from .weights.members import Members
 
 swapped_models: WeakSet[nn.Module] = WeakSet()  # of any ShardedAverage: a model may have several

@@ -25,8 +25,9 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from sharded_avg import ShardedAverage, averager, load_averaged_state_dict, swap
+from sharded_avg import ShardedAverage, averager, load_averaged_state_dict
 from sharded_avg.errors import CheckpointError, PeerError, UnsupportedModelError
+from sharded_avg.exchange import swap
 from sharded_avg.lightning import EMAWeightAveraging, resuming, saving
 from sharded_avg.lightning.weights import Weights
 from sharded_avg.weights import aside as replaced

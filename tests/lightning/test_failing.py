@@ -19,8 +19,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import WeightAveraging as TheirWeightAveraging
 from torch import Tensor
 
-from sharded_avg import EMA, load_averaged_state_dict, swap
+from sharded_avg import EMA, load_averaged_state_dict
 from sharded_avg.errors import ConfigError, EngineVersionError, PeerError
+from sharded_avg.exchange import swap
 from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging, saving, trainers
 from sharded_avg.shard import take
 

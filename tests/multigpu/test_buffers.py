@@ -25,8 +25,8 @@ from sharded_avg import (
     averaged_buffers,
     buffers,
     refreshed_batch_norm,
-    swap,
 )
+from sharded_avg.exchange import swap
 
 from .engines import Row, mesh, run_row
 from .models import Awkward, batch

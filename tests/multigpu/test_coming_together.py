@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage, swap
+from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage
 from sharded_avg.averages.store import Store
+from sharded_avg.exchange import swap
 
 from .pool import on_ranks
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import EMA, ConfigError, NotStartedError, PeerError, ShardedAverage, gather
-from sharded_avg.gather import local_part, split_region
+from sharded_avg import EMA, ConfigError, NotStartedError, PeerError, ShardedAverage
+from sharded_avg.exchange import gather
+from sharded_avg.exchange.gather import local_part, split_region
 from sharded_avg.shard import Box, Interval, Region, put, take
 
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, mesh, run_row

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_avg import EMA, PeerError, ShardedAverage, SwapError, swap
+from sharded_avg import EMA, PeerError, ShardedAverage, SwapError
+from sharded_avg.exchange import swap
 
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, run_row
 from .models import VARIANTS, batch

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UnsupportedModelError
-from .ranks import agree, comm_device, gather_objects, rank_in, send
-from .shard import Box, Interval, Region, put, take
+from ..errors import UnsupportedModelError
+from ..ranks import agree, comm_device, gather_objects, rank_in, send
+from ..shard import Box, Interval, Region, put, take
 
 BUCKET_BYTES = 64 << 20
 _ALIGN_BYTES = 16

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import PeerError, SwapError
-from .ranks import agree, rendezvous
-from .tensors import coalesce, pack, split
-from .weights.layouts.base import AbstractLayout
+from ..errors import PeerError, SwapError
+from ..ranks import agree, rendezvous
+from ..tensors import coalesce, pack, split
+from ..weights.layouts.base import AbstractLayout
 
 SCRATCH_BYTES = 64 << 20
 RENDEZVOUS_GRACE_S = 30.0  # for a rank that failed

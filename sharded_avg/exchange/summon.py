@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from ..errors import ConfigError
+from ..ranks import agree, all_or_none, rank_in
+from ..shard import Shard
+from ..weights.members import Members
 from .gather import Item, gather, scatter
-from .ranks import agree, all_or_none, rank_in
-from .shard import Shard
-from .weights.members import Members
 
 
 @contextmanager
