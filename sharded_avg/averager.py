@@ -21,10 +21,10 @@ from torch import nn
 
 from .averages.arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
 from .averages.store import Store
-from .diagnostics import distance
+from .evaluation.distance import distance
+from .evaluation.finite import all_finite
 from .exchange.summon import full_params
 from .exchange.swap import Pair, swapped_in
-from .finite import all_finite
 from .keeper import AbstractKeeper, swapped_models
 from .ranks import all_or_none, gather_objects
 from .rules.base import AbstractRule

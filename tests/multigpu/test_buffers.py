@@ -23,9 +23,9 @@ from sharded_avg import (
     ShardedAverage,
     UnsupportedModelError,
     averaged_buffers,
-    buffers,
     refreshed_batch_norm,
 )
+from sharded_avg.evaluation import batch_norm as buffers
 from sharded_avg.exchange import swap
 
 from .engines import Row, mesh, run_row

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_avg import PeerError
-from sharded_avg.finite import all_finite
+from sharded_avg.evaluation.finite import all_finite
 
 from .pool import on_ranks, rank_device
 

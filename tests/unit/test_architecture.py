@@ -61,9 +61,9 @@ FLOORS = {
     "checkpoint.open": 5,
     "keeping": 6,
     "exchange.summon": 6,
-    "buffers": 6,
-    "diagnostics": 6,
-    "finite": 6,
+    "evaluation.batch_norm": 6,
+    "evaluation.distance": 6,
+    "evaluation.finite": 6,
     "weights.aside": 6,
     "weights.write": 7,
     "loading": 7,
@@ -79,6 +79,7 @@ FLOORS = {
     "__main__": 13,
 }
 EMPTY = {
+    "evaluation",
     "exchange",
     "averages",
     "weights",

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sharded_avg.finite import all_finite
+from sharded_avg.evaluation.finite import all_finite
 
 from ..multigpu.watch import CountBytes
 

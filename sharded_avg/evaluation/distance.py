@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ranks import comm_device, gather_objects, rank_in, size_of
-from .shard import Region, Shard
-from .tensors import split
+from ..ranks import comm_device, gather_objects, rank_in, size_of
+from ..shard import Region, Shard
+from ..tensors import split
 
 CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerError
-from .ranks import comm_device, size_of
+from ..errors import PeerError
+from ..ranks import comm_device, size_of
 
 _FAILED, _NOT_FINITE, _FINITE = -1, 0, 1  # the worst answer wins: ranks take the minimum
 _NARROW = 1  # bytes an element: 8-bit floats, which torch has no norms for

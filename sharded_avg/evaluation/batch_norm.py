@@ -24,10 +24,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from .errors import ConfigError, PeerError, UnsupportedModelError
-from .exchange import swap
-from .ranks import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
-from .weights import names
+from ..errors import ConfigError, PeerError, UnsupportedModelError
+from ..exchange import swap
+from ..ranks import agree, all_or_none, comm_device, gather_objects, rendezvous, size_of
+from ..weights import names
 
 _BUCKET_NUMEL = 8 << 20  # 64 MiB of float64
 _ATTEMPTS = 3  # at putting one value back

@@ -1,0 +1,1 @@
+"""What an evaluation of averaged weights needs beside them: BatchNorm statistics, finiteness, distance."""
