@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from .averages.arguments import MANIFEST_KEY
 from .averages.history import History
 from .averages.store import Store
-from .checkpoint.fit import LoadResult, compare
-from .checkpoint.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
-from .checkpoint.manifest import BESIDE_KEY, Manifest
 from .errors import CheckpointError, ConfigError, LayoutChangedError, NotStartedError, SwapError
 from .exchange.swap import Pair
-from .keeping import Incoming, buffers_of, describe, items_of
-from .loading import Loading
 from .ranks import all_or_none, gloo_twin
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
+from .saved.fit import LoadResult, compare
+from .saved.folder import PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
+from .saved.items import Incoming, buffers_of, describe, items_of
+from .saved.loading import Loading
+from .saved.manifest import BESIDE_KEY, Manifest
 from .shard import Shard, take
 from .weights.members import Members
 

@@ -20,9 +20,9 @@ import torch
 from ..errors import ConfigError
 from ..files.sinks import write_safetensors, write_torch
 from ..files.source import AbstractSource, Cast, Watched
+from ..saved.from_source import write_folder
+from ..saved.manifest import AverageRecord, Manifest, TensorRecord
 from ..version import __version__
-from .from_source import write_folder
-from .manifest import AverageRecord, Manifest, TensorRecord
 from .merge import Merged
 from .open import StrPath, open_source
 

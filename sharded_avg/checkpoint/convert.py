@@ -20,11 +20,11 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..files.source import AbstractSource, Cast, Renamed
 from ..files.weight_files import load_json
+from ..saved.from_source import write_folder
+from ..saved.manifest import Manifest
 from .consolidate import Report, Target, exported_facts, manifest_of
 from .exporters import raw_weights, write_averaged_model, write_lightning
-from .from_source import write_folder
 from .importers import IMPORTERS, Names, find_importer
-from .manifest import Manifest
 from .open import open_source
 
 TARGETS = ("sharded_avg", "averaged_model", "lightning", "safetensors", "torch")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files.source import AbstractSource, TensorInfo
-from .averages import SavedAverages, saved_averages
-from .manifest import FORMAT
+from ..saved.manifest import FORMAT
+from ..saved.sources import SavedAverages, saved_averages
 from .open import StrPath, open_source
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.dcp_folder import INDEX_FILE, DcpFolder
 from ..files.source import AbstractSource, Renamed
 from ..files.weight_files import SafetensorsFiles, TorchFile, safetensors_of
-from .averages import saved_averages
+from ..saved.sources import saved_averages
 from .importers import find_importer
 
 _ONLY_NAME = "average"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..averager import ShardedAverage
-from ..checkpoint.folder import everyone, read_manifest
 from ..checkpoint.importers import find_importer
-from ..checkpoint.manifest import AverageRecord, Manifest, TensorRecord
 from ..errors import CheckpointError, PeerError
 from ..files.source import AbstractSource, TensorInfo
 from ..ranks import all_or_none, gather_objects
+from ..saved.folder import everyone, read_manifest
+from ..saved.manifest import AverageRecord, Manifest, TensorRecord
 from ..weights import names
 from ..weights.write import write_live
 from .saving import AVERAGE_FOLDER, KEY, containers_copied

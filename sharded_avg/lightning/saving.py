@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..checkpoint.place import INCOMING, OUTGOING
 from ..errors import PeerError, UnsupportedModelError
 from ..ranks import all_or_none, rank_in, rendezvous
+from ..saved.place import INCOMING, OUTGOING
 from ..weights import names
 from ..weights.layouts.zero.engine import writes_checkpoints
 from .patches import replaced

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_avg import EMA, ShardedAverage, ShardedAvgError, UnsupportedModelError
-from sharded_avg.checkpoint.manifest import Manifest
+from sharded_avg.saved.manifest import Manifest
 from sharded_avg.weights.write import write_live
 
 from .engines import ENGINES, ONE_PROCESS, Engine, Row, run_row

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.averages.history import History
-from sharded_avg.checkpoint.place import Disk, Remote, place_of
+from sharded_avg.saved.place import Disk, Remote, place_of
 
 # DCP says so from its background thread when there is no process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

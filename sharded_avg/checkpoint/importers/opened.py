@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...files.dcp_folder import INDEX_FILE, DcpFolder
 from ...files.weight_files import INDEX_SUFFIX, SafetensorsFiles, TorchFile, flat_tensors, load_json, safetensors_of
-from ..place import MANIFEST_FILE
+from ...saved.place import MANIFEST_FILE
 from .base import Content
 
 _EMA_FILE = "ema.safetensors"

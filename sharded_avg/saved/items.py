@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .averages.history import History
-from .averages.store import Store
-from .checkpoint.dcp import Destination, ShardItem
-from .checkpoint.manifest import AverageRecord, Manifest, TensorRecord
-from .ranks import rank_in
-from .rules.base import AbstractRule
-from .rules.schedule import WhenFn, schedule_settings
-from .shard import Box, Shard
-from .version import __version__
-from .weights.members import Members
+from ..averages.history import History
+from ..averages.store import Store
+from ..ranks import rank_in
+from ..rules.base import AbstractRule
+from ..rules.schedule import WhenFn, schedule_settings
+from ..shard import Box, Shard
+from ..version import __version__
+from ..weights.members import Members
+from .dcp import Destination, ShardItem
+from .manifest import AverageRecord, Manifest, TensorRecord
 
 
 class Incoming:

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from .averages.store import Store
-from .checkpoint.dcp import ShardItem
-from .checkpoint.fit import LoadResult
-from .checkpoint.manifest import Manifest
-from .keeping import Incoming, items_of
-from .shard import Shard
-from .weights.members import Members
+from ..averages.store import Store
+from ..shard import Shard
+from ..weights.members import Members
+from .dcp import ShardItem
+from .fit import LoadResult
+from .items import Incoming, items_of
+from .manifest import Manifest
 
 
 class Loading:

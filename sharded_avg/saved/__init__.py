@@ -1,0 +1,1 @@
+"""Our own format: a torch.distributed.checkpoint folder and its manifest."""
