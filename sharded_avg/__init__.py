@@ -10,7 +10,6 @@ with average.swapped():         # the model computes with averaged weights
 """
 
 from .averager import ShardedAverage
-from .checkpoint.open import load_averaged_state_dict
 from .errors import (
     CheckpointError,
     ConfigError,
@@ -23,6 +22,7 @@ from .errors import (
     UnsupportedModelError,
 )
 from .evaluation.batch_norm import averaged_buffers, refreshed_batch_norm
+from .formats.open import load_averaged_state_dict
 from .rules.base import EMA, SWA, AbstractRule, CustomRule
 from .rules.schedule import Schedule
 from .version import __version__

@@ -20,11 +20,11 @@ import torch
 from ..errors import ConfigError
 from ..files.sinks import write_safetensors, write_torch
 from ..files.source import AbstractSource, Cast, Watched
+from ..formats.open import StrPath, open_source
 from ..saved.from_source import write_folder
 from ..saved.manifest import AverageRecord, Manifest, TensorRecord
 from ..version import __version__
 from .merge import Merged
-from .open import StrPath, open_source
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 Report = Callable[[int, int], None]  # bytes so far, bytes in all

@@ -20,12 +20,12 @@ import torch
 from ..errors import CheckpointError, ConfigError
 from ..files.source import AbstractSource, Cast, Renamed
 from ..files.weight_files import load_json
+from ..formats.exporters import raw_weights, write_averaged_model, write_lightning
+from ..formats.importers import IMPORTERS, Names, find_importer
+from ..formats.open import open_source
 from ..saved.from_source import write_folder
 from ..saved.manifest import Manifest
 from .consolidate import Report, Target, exported_facts, manifest_of
-from .exporters import raw_weights, write_averaged_model, write_lightning
-from .importers import IMPORTERS, Names, find_importer
-from .open import open_source
 
 TARGETS = ("sharded_avg", "averaged_model", "lightning", "safetensors", "torch")
 _DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

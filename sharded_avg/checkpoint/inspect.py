@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files.source import AbstractSource, TensorInfo
+from ..formats.open import StrPath, open_source
 from ..saved.manifest import FORMAT
 from ..saved.sources import SavedAverages, saved_averages
-from .open import StrPath, open_source
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 

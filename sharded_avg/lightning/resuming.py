@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ..averager import ShardedAverage
-from ..checkpoint.importers import find_importer
 from ..errors import CheckpointError, PeerError
 from ..files.source import AbstractSource, TensorInfo
+from ..formats.importers import find_importer
 from ..ranks import all_or_none, gather_objects
 from ..saved.folder import everyone, read_manifest
 from ..saved.manifest import AverageRecord, Manifest, TensorRecord

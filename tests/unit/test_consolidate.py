@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.metadata import (
 import sharded_avg
 from sharded_avg import EMA, SWA, ConfigError, ShardedAverage
 from sharded_avg.checkpoint.consolidate import Target, consolidate, guess_format
-from sharded_avg.checkpoint.open import open_source
 from sharded_avg.files import sinks
 from sharded_avg.files.sinks import slabs
 from sharded_avg.files.source import TensorInfo
 from sharded_avg.files.stored import contiguous_stride
+from sharded_avg.formats.open import open_source
 from sharded_avg.shard import take
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.checkpoint.convert import Conversion, read_names
-from sharded_avg.checkpoint.importers import find_importer
 from sharded_avg.cli import main
+from sharded_avg.formats.importers import find_importer
 
 from .foreign import BUILDERS, NAMES, SHAPES, Sample, State
 

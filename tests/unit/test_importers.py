@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sharded_avg import CheckpointError, ConfigError
-from sharded_avg.checkpoint.importers import IMPORTERS, find_importer
-from sharded_avg.checkpoint.importers.opened import open_content
+from sharded_avg.formats.importers import IMPORTERS, find_importer
+from sharded_avg.formats.importers.opened import open_content
 
 from .foreign import AVERAGE, BUILDERS, NAMES, RAW, SHAPES, Sample, composer, composer_ema, prefixed, pretrained, saved
 

@@ -13,8 +13,8 @@ import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage
 from sharded_avg.checkpoint.consolidate import Target, merge
 from sharded_avg.checkpoint.merge import given, uniform, window, wsm
-from sharded_avg.checkpoint.open import open_source
 from sharded_avg.cli import main
+from sharded_avg.formats.open import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 

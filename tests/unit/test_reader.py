@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, NotStartedError, ShardedAverage
-from sharded_avg.checkpoint.open import open_source
 from sharded_avg.files import stored
 from sharded_avg.files.dcp_folder import DcpFolder
 from sharded_avg.files.source import AbstractSource, TensorInfo
 from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
+from sharded_avg.formats.open import open_source
 from sharded_avg.saved.from_source import SourceItem
 from sharded_avg.shard import Box, take
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import sharded_avg
 from sharded_avg import SWA, CheckpointError, ShardedAverage
-from sharded_avg.checkpoint.open import open_source
 from sharded_avg.cli import main
 from sharded_avg.files.pickles import load_inert
 from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
+from sharded_avg.formats.open import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 

@@ -1,0 +1,1 @@
+"""Averages of other tools, in and out, and whatever holds weights, opened."""
