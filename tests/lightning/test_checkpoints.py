@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
 import sharded_avg
-from sharded_avg.cli import main
+from sharded_avg.commands.cli import main
 from sharded_avg.lightning import EMAWeightAveraging
 
 from .modules import NUM_BATCHES, Tiny

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from sharded_avg import EMA, SWA, ShardedAverage
-from sharded_avg.cli import _bytes, main
+from sharded_avg.commands.cli import _bytes, main
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.shard import Box

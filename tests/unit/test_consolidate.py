@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 
 import sharded_avg
 from sharded_avg import EMA, SWA, ConfigError, ShardedAverage
-from sharded_avg.checkpoint.consolidate import Target, consolidate, guess_format
+from sharded_avg.commands.consolidate import Target, consolidate, guess_format
 from sharded_avg.files import sinks
 from sharded_avg.files.sinks import slabs
 from sharded_avg.files.source import TensorInfo
@@ -245,7 +245,7 @@ def sparse_folder(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 MEASURED = """
 import sys
-from sharded_avg.cli import main
+from sharded_avg.commands.cli import main
 code = main(sys.argv[1:])
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(code, int(peak.split()[1]) * 1024)

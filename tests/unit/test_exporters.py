@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
-from sharded_avg.checkpoint.convert import Conversion, read_names
-from sharded_avg.cli import main
+from sharded_avg.commands.cli import main
+from sharded_avg.commands.convert import Conversion, read_names
 from sharded_avg.formats.importers import find_importer
 
 from .foreign import BUILDERS, NAMES, SHAPES, Sample, State
@@ -434,7 +434,7 @@ def test_what_cannot_be_asked(options: dict[str, Any], tmp_path: Path) -> None:
 MEMORY = """
 import resource, sys, torch
 from pathlib import Path
-from sharded_avg.checkpoint.convert import Conversion
+from sharded_avg.commands.convert import Conversion
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 Conversion(src=Path(sys.argv[1]), out=Path(sys.argv[2]), to=sys.argv[3]).run()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import sharded_avg
 from sharded_avg import SWA, CheckpointError, ShardedAverage
-from sharded_avg.cli import main
+from sharded_avg.commands.cli import main
 from sharded_avg.files.pickles import load_inert
 from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
 from sharded_avg.formats.open import open_source

@@ -26,12 +26,12 @@ from typing import Any, TextIO
 
 import torch
 
-from .checkpoint.consolidate import Target, consolidate, guess_format, merge
-from .checkpoint.convert import add_convert
-from .checkpoint.inspect import describe, human_bytes, table
-from .checkpoint.merge import WSM_SHAPES, given, uniform, window, wsm
-from .errors import CheckpointError, ConfigError, NotStartedError, ShardedAvgError
-from .version import __version__
+from ..errors import CheckpointError, ConfigError, NotStartedError, ShardedAvgError
+from ..version import __version__
+from .consolidate import Target, consolidate, guess_format, merge
+from .convert import add_convert
+from .inspect import describe, human_bytes, table
+from .merge import WSM_SHAPES, given, uniform, window, wsm
 
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 _DTYPES = {
