@@ -23,8 +23,11 @@ from .errors import (
 )
 from .evaluation.batch_norm import averaged_buffers, refreshed_batch_norm
 from .formats.open import load_averaged_state_dict
-from .rules.base import EMA, SWA, AbstractRule, CustomRule
+from .rules.base import AbstractRule
+from .rules.custom import CustomRule
+from .rules.ema import EMA
 from .rules.schedule import Schedule
+from .rules.swa import SWA
 from .version import __version__
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks

@@ -11,29 +11,35 @@ whatever would hand out averaged values raises `NotStartedError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .averages.arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
+from .averages.state import State
 from .averages.store import Store
+from .errors import ConfigError
 from .evaluation.distance import distance
-from .evaluation.finite import all_finite
-from .exchange.summon import full_params
-from .exchange.swap import Pair, swapped_in
-from .keeper import AbstractKeeper, swapped_models
-from .ranks import all_or_none, gather_objects
+from .evaluation.finite import live_is_finite
+from .exchange.handover import copy_to_model, raw_weights, republish, restore_raw
+from .exchange.summon import summoned
+from .exchange.swap import swapped
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
-from .weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
+from .saved.checkpoints import Checkpoints
+from .saved.fit import LoadResult
+from .saved.folder import PendingSave
+from .saved.manifest import Manifest
+from .weights.aside import RawWeights
 from .weights.members import Include, Members
 
 
-class ShardedAverage(AbstractKeeper):
+class ShardedAverage:
     """One or several averages of a model's weights, kept in pieces beside the pieces of the model.
 
     Each rank stores the average of what it owns of the model, and `update()` touches local memory only.
@@ -75,36 +81,39 @@ class ShardedAverage(AbstractKeeper):
         members = Members(model, include, average_buffers=buffers == "average")
         for shard in members.averaged:
             check_storage(shard.name, store.dtype_of(shard))
-        super().__init__(rules, when, store, members)
+        self._state = State(members, rules, when, store)
+        self._checkpoints = Checkpoints(self._state)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the averages; ("average",) for a single rule."""
-        return tuple(self._rules)
+        return tuple(self._state.rules)
 
     @property
     def n_averaged(self) -> int:
         """Updates applied so far, as a Python int."""
-        return max(history.n_averaged for history in self._histories.values())
+        return max(history.n_averaged for history in self._state.histories.values())
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps seen so far: calls of `update()` that followed a real one."""
-        return self._step
+        return self._state.step
 
     @property
     def nbytes(self) -> int:
         """Bytes of averages that this rank stores, without scratch; 0 before the first update."""
-        return self._store.nbytes
+        return self._state.store.nbytes
 
     @property
     def scratch_nbytes(self) -> int:
         """Bytes that `update()` needs beside the averages: for another dtype or device than the weights'."""
-        return self._store.scratch_nbytes
+        return self._state.store.scratch_nbytes
 
-    # -- updating --------------------------------------------------------------------------------------------------
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the model together; `None` where each process holds all of it."""
+        return self._state.group
 
-    @torch.no_grad()
     def update(self, *, unscheduled: bool = False) -> bool:
         """Take the live weights into every average if it is time, and say whether it was. Local: no communication.
 
@@ -115,167 +124,66 @@ class ShardedAverage(AbstractKeeper):
         average was built. Should a rule of your own raise, or an interruption come in the middle, some parameters have
         taken this step in and others not; the count has not changed.
         """
-        self._refuse_while_swapped("update()")
-        if unscheduled:
-            self._take_in(max(1, self._step))
-            return True
-        if self._members.layout.step_was_skipped():
-            return False
-        due = bool(self._schedule(self._step + 1))
-        if due:
-            self._take_in(self._step + 1)
-        self._step += 1
-        return due
-
-    def _take_in(self, step: int) -> None:
-        self._arrange(admit=True)
-        counts = {name: history.n_averaged for name, history in self._histories.items()}
-        self._store.update(self._rules, counts)
-        self._histories = {name: history.after(step) for name, history in self._histories.items()}
-
-    def _arrange(self, *, admit: bool = False) -> None:
-        """Point the store at the live shards, wherever they are now."""
-        self._members.refresh()
-        joined = admit and self._members.admit()
-        if self._arranged_for is not self._members.all:
-            try:
-                self._store.arrange(self._members.averaged)
-            except BaseException:  # out of memory, most likely; without the newcomers there was enough
-                if joined:
-                    self._members.dismiss()
-                raise
-            self._arranged_for = self._members.all
+        return self._state.update(unscheduled=unscheduled)
 
     # -- evaluating ------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def swapped(self, name: str | None = None) -> Iterator[bool]:
+    def swapped(self, name: str | None = None) -> AbstractContextManager[bool]:
         """Collective: all ranks must call. Inside, the model computes with averaged weights.
 
         Live and averaged values are exchanged in place: data pointers stay, and the raw weights are back bit for bit
         afterwards, also after an exception. Yields whether there was an average to bring in: before the first update
         the live weights stay. Raises `SwapError` when nested.
         """
-        self._refuse_while_swapped("swapped()")
-        name = self._resolve(name)
-        if not self._histories[name].n_averaged:
-            yield False
-            return
-        with swapped_in(self._members.layout, partial(self._pairs, name)):
-            self._swapped = name
-            swapped_models.add(self._members.layout.model)
-            try:
-                yield True
-            finally:
-                self._swapped = None
-                swapped_models.discard(self._members.layout.model)
+        return swapped(self._state, name)
 
     @property
     def has_stale_replicas(self) -> bool:
         """Whether a swap ended without other ranks, so that their parts of this rank's weights still are averages."""
-        return self._members.layout.has_stale_replicas
+        return self._state.layout.has_stale_replicas
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def republish(self) -> None:
         """Collective: all ranks must call. Make up for a swap that ended without some ranks, if they are back."""
-        layout = self._members.layout
-        if layout.publishes and any(gather_objects(layout.group, layout.has_stale_replicas)):
-            layout.publish()
-            layout.has_stale_replicas = False
+        republish(self._state)
 
-    def _pairs(self, name: str) -> list[Pair]:
-        """What the averaged shards exchange, wherever their live tensors are now; always in one order."""
-        self._arrange()
-        return [self._pair(name, shard) for shard in self._members.averaged]
-
-    # -- looking -------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def distance(self, name: str | None = None) -> float:
         """Collective: all ranks must call. How far the average is from the live weights, relative to those.
 
         ||live - average|| / ||live||, Euclidean over all averaged elements; one small reduction. Raises
         `NotStartedError` before the first update.
         """
-        self._refuse_while_swapped("distance()")
-        name = self._started(name)
-        group = self._members.layout.group
-        with all_or_none(group, "looking up the live weights"):
-            self._arrange()
-        return distance(self._members.averaged, partial(self._average_of, name), group)
+        return distance(self._state, name)
 
-    @torch.no_grad()
     def live_is_finite(self) -> bool:
         """Collective: all ranks must call. Whether no averaged parameter has a NaN or an infinity on any rank.
 
         A NaN that an average has taken in stays: `if average.live_is_finite(): average.update()` keeps it out, at
         the price of a pass over the weights, a host sync and one small reduction.
         """
-        group = self._members.layout.group
-        with all_or_none(group, "looking up the live weights"):
-            self._members.refresh()
-        return all_finite([shard.tensor for shard in self._members.averaged], group)
+        return live_is_finite(self._state)
 
     # -- handing out -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def raw_weights(self, name: str | None = None) -> RawWeights:
         """Collective: all ranks must call. Copies, in host memory, of what `copy_to_model(name)` will replace."""
-        self._refuse_while_swapped("raw_weights()")
-        name = self._started(name)
-        with all_or_none(self._members.layout.group, "copying raw weights to host memory"):
-            self._arrange()
-            return set_aside(name, self._members.averaged)
+        return raw_weights(self._state, name)
 
-    @torch.no_grad()
     def copy_to_model(self, name: str | None = None, *, undo: RawWeights | None = None) -> None:
         """Collective: all ranks must call. Make the averaged weights the model's own, masters included.
 
         For the end of training. With `undo`, what `raw_weights` returned just before, an error or an interruption
         leaves the raw weights. Raises `NotStartedError` before the first update.
         """
-        self._refuse_while_swapped("copy_to_model()")
-        name = self._started(name)
-        try:
-            with all_or_none(self._members.layout.group, "copying averages into the model"):
-                self._arrange()
-                self._members.layout.release()
-                for shard in self._members.averaged:
-                    for live in live_tensors(shard):
-                        live.copy_(self._store.view(name, shard.name))
-            self._publish_all()
-        except BaseException:
-            if undo is not None:
-                bring_back(undo, self._members.averaged)
-            raise
+        copy_to_model(self._state, name, undo)
 
-    @torch.no_grad()
     def restore_raw(self, raw: RawWeights) -> bool:
         """Collective: all ranks must call. Undo `copy_to_model`, bit for bit, masters included.
 
         Returns False, and changes nothing, if some rank's parameters are neither the average nor the raw ones: the
         model was given other weights since, and they are what it goes on from.
         """
-        self._refuse_while_swapped("restore_raw()")
-        group = self._members.layout.group
-        with all_or_none(group, "comparing live weights with averages"):
-            self._arrange()
-            self._members.layout.release()
-            known = [shard for shard in self._members.averaged if shard.name in raw.values]
-            unchanged = all(holds_either(shard, self._average_of(raw.average, shard), raw) for shard in known)
-        if not all(gather_objects(group, unchanged)):
-            return False
-        with all_or_none(group, "bringing raw weights back"):
-            bring_back(raw, known)
-        self._publish_all()
-        return True
+        return restore_raw(self._state, raw)
 
-    def _publish_all(self) -> None:
-        self._members.layout.publish()
-        self._members.layout.publish_masters()
-
-    @contextmanager
     def summon_full_params(
         self,
         name: str | None = None,
@@ -283,7 +191,7 @@ class ShardedAverage(AbstractKeeper):
         offload_to_cpu: bool = True,
         rank0_only: bool = True,
         writeback: bool = False,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> AbstractContextManager[dict[str, Any]]:
         """Collective: all ranks must call. Full averaged tensors under the unwrapped model's `state_dict()` keys.
 
         Yields averages where averaged, in the average's dtype, and live values elsewhere; tied names are all there.
@@ -294,16 +202,78 @@ class ShardedAverage(AbstractKeeper):
 
         Raises `NotStartedError` before the first update.
         """
-        if writeback:
-            self._refuse_while_swapped("summon_full_params(writeback=True)")
-        name = self._started(name)
-        with all_or_none(self._members.layout.group, "looking up the live weights"):
-            self._arrange()
-        with full_params(
-            self._members,
-            partial(self._average_of, name),
-            offload_to_cpu=offload_to_cpu,
-            rank0_only=rank0_only,
-            writeback=writeback,
-        ) as full:
-            yield full
+        return summoned(self._state, name, offload_to_cpu=offload_to_cpu, rank0_only=rank0_only, writeback=writeback)
+
+    # -- saving and loading ----------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], *, with_buffers: bool = False) -> None:
+        """Collective: all ranks must call. Write a torch.distributed.checkpoint folder that any engine can load.
+
+        Each rank writes its own pieces. The folder has its final name only when it is whole; an earlier one at `path`
+        is kept until then. A path with `://` goes through fsspec. Before the first update only counters are saved, so
+        that a resumed run starts on time. With `with_buffers`, buffers that are not averaged are in the folder, too:
+        `load` has no use for them, and `load_averaged_state_dict` hands them out. Raises `CheckpointError` if it
+        cannot be written.
+        """
+        self._checkpoints.save(path, with_buffers=with_buffers)
+
+    def async_save(self, path: str | os.PathLike[str]) -> PendingSave:
+        """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
+
+        Training, updates and swaps may go on; call `result()` of what is returned, on all ranks, to wait for the
+        bytes and give the folder its name. The next save waits for this one. The first call makes a gloo group for
+        the traffic.
+        """
+        return self._checkpoints.async_save(path)
+
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadResult:
+        """Collective: all ranks must call. Read what `save` wrote, on any engine and any number of ranks.
+
+        Raises `CheckpointError`, and changes nothing, if averages, names, shapes or dtypes do not fit, or if the
+        folder is torn. With `strict=False`, loads what fits and says in the result what it left out: an average that
+        is missing stays as it is, a parameter that is missing starts again from its live value.
+        """
+        return self._checkpoints.load(path, strict=strict)
+
+    def load_full(
+        self, full: Mapping[str, Mapping[str, Tensor]], manifest: Manifest, *, strict: bool = True
+    ) -> LoadResult:
+        """Take over full averaged tensors, `full[average][name]`; `manifest` says how they came about. Local.
+
+        Each rank copies its own pieces out of them, so they may lie in a memory-mapped file. Raises as `load`.
+        """
+        return self._checkpoints.load_full(full, manifest, strict=strict)
+
+    def take_from(self, other: ShardedAverage) -> None:
+        """Collective: all ranks must call. Go on where `other` is: the same averages of a model that is cut alike.
+
+        For a model that was wrapped anew. Raises `LayoutChangedError`, and changes nothing, if on some rank the cut
+        is another one; then save and load instead.
+        """
+        self._checkpoints.take_from(other._state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A `Stateful`'s part of `torch.distributed.checkpoint.save({"average": average, ...})`. Local.
+
+        One nested dict for each average, under the parameters' own names, and the manifest. The values are items that
+        write and read this rank's pieces; they are not tensors and cannot be pickled.
+        """
+        return self._checkpoints.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what torch.distributed.checkpoint has read into the items of the last `state_dict()`.
+
+        Raises `CheckpointError`, and changes nothing, if averages, names, shapes or dtypes do not fit, or if the
+        values were not read.
+        """
+        self._checkpoints.load_state_dict(state_dict)
+
+    def manifest(self) -> Manifest:
+        """What a save at this moment would say about itself. Local."""
+        return self._checkpoints.manifest()
+
+    def __reduce__(self) -> Any:
+        raise ConfigError(
+            "a ShardedAverage cannot be copied or pickled: it belongs to its model and process group. Build another "
+            "one for another model, and carry the averages over with save() and load()"
+        )

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ranks import comm_device, gather_objects, rank_in, size_of
+from ..averages.state import State
+from ..ranks import all_or_none, comm_device, gather_objects, rank_in, size_of
 from ..shard import Region, Shard
 from ..tensors import split
 
 CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
 
 
-def distance(shards: Sequence[Shard], average_of: Callable[[Shard], Tensor], group: dist.ProcessGroup | None) -> float:
+@torch.no_grad()
+def distance(state: State, name: str | None) -> float:
     """Collective: all ranks must call. ||live - average|| / ||live|| over all elements of all ranks, each once.
 
     0 if both are equal; infinite if only the live weights are zero. Computed in float64.
     """
+    state.refuse_while_swapped("distance()")
+    name, group = state.started(name), state.group
+    with all_or_none(group, "looking up the live weights"):
+        state.arrange()
+    shards = state.members.averaged
     device = comm_device(group, shards[0].tensor.device if shards else None)
     sums = torch.zeros(2, dtype=torch.float64)  # of squares: of the difference, and of the live weights
     for shard in _owned(shards, group):
-        for pair in split((shard.tensor, average_of(shard)), CHUNK_ELEMENTS):
+        for pair in split((shard.tensor, state.average_of(name, shard)), CHUNK_ELEMENTS):
             sums += _squares(*pair)
     if size_of(group) > 1:
         sums = sums.to(device)

@@ -8,12 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..averages.state import State
 from ..errors import PeerError
-from ..ranks import comm_device, size_of
+from ..ranks import all_or_none, comm_device, size_of
 
 _FAILED, _NOT_FINITE, _FINITE = -1, 0, 1  # the worst answer wins: ranks take the minimum
 _NARROW = 1  # bytes an element: 8-bit floats, which torch has no norms for
 _CHUNK_NUMEL = 1 << 20
+
+
+@torch.no_grad()
+def live_is_finite(state: State) -> bool:
+    """Collective: all ranks must call. See `ShardedAverage.live_is_finite`."""
+    with all_or_none(state.group, "looking up the live weights"):
+        state.members.refresh()
+    return all_finite([shard.tensor for shard in state.members.averaged], state.group)
 
 
 @torch.no_grad()

@@ -5,13 +5,14 @@ What is yielded is a copy, under the unwrapped model's own keys: averages where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..averages.state import State
 from ..errors import ConfigError
 from ..ranks import agree, all_or_none, rank_in
 from ..shard import Shard
@@ -20,43 +21,40 @@ from .gather import Item, gather, scatter
 
 
 @contextmanager
-def full_params(
-    members: Members,
-    average_of: Callable[[Shard], Tensor],
-    *,
-    offload_to_cpu: bool,
-    rank0_only: bool,
-    writeback: bool,
+def summoned(
+    state: State, name: str | None, *, offload_to_cpu: bool, rank0_only: bool, writeback: bool
 ) -> Iterator[dict[str, Any]]:
-    """Collective: all ranks must call. See `ShardedAverage.summon_full_params`.
-
-    `average_of` tells where the average of an averaged shard lies now.
-    """
-    group = members.layout.group
+    """Collective: all ranks must call. See `ShardedAverage.summon_full_params`."""
+    if writeback:
+        state.refuse_while_swapped("summon_full_params(writeback=True)")
+    name = state.started(name)
+    group, members = state.group, state.members
+    with torch.no_grad(), all_or_none(group, "looking up the live weights"):
+        state.arrange()
     if group is None and writeback:
         rank0_only = False  # nothing connects the processes of a plain model: each edits its own average
     keeps = not rank0_only or rank_in(group) == 0
     with torch.no_grad():
         with all_or_none(group, "looking up full tensors"):
             members.layout.release()
-            averaged = [_item(shard, average_of(shard)) for shard in members.averaged]
+            averaged = [_item(shard, state.average_of(name, shard)) for shard in members.averaged]
             items = [*averaged, *_live(members)]
         full = gather(group, items, rank0_only=rank0_only, device=torch.device("cpu") if offload_to_cpu else None)
     with all_or_none(group, "naming full tensors"):
-        state = members.state(full) if keeps else {}
+        tensors = members.state(full) if keeps else {}
     del full
     error: BaseException | None = None
     try:
-        yield state
+        yield tensors
     except BaseException as failure:
         error = failure
         raise
     finally:
         if writeback:
-            error = error or (_misfit(state, averaged) if keeps else None)
+            error = error or (_misfit(tensors, averaged) if keeps else None)
             agree(group, error, "editing the full averages; none were written back")
             with torch.no_grad():
-                scatter(group, averaged, state, rank0_only=rank0_only)
+                scatter(group, averaged, tensors, rank0_only=rank0_only)
 
 
 def _item(shard: Shard, values: Tensor) -> Item:
@@ -68,10 +66,10 @@ def _live(members: Members) -> list[Item]:
     return [_item(shard, shard.tensor) for shard in members.all if shard.name not in averaged]
 
 
-def _misfit(state: Mapping[str, Any], averaged: list[Item]) -> ConfigError | None:
+def _misfit(tensors: Mapping[str, Any], averaged: list[Item]) -> ConfigError | None:
     """What is wrong with edited full tensors, if anything."""
     for item in averaged:
-        edited = state.get(item.name)
+        edited = tensors.get(item.name)
         if not isinstance(edited, Tensor) or edited.shape != item.shape:
             found = f"one of shape {tuple(edited.shape)}" if isinstance(edited, Tensor) else type(edited).__name__
             return ConfigError(

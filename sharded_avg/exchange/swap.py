@@ -18,11 +18,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..averages.state import Pair, State, swapped_models
 from ..errors import PeerError, SwapError
 from ..ranks import agree, rendezvous
 from ..tensors import coalesce, pack, split
@@ -33,21 +34,6 @@ RENDEZVOUS_GRACE_S = 30.0  # for a rank that failed
 PATIENCE_S = 1800.0  # for one that did not: others may still be evaluating
 _ATTEMPTS = 3  # at bringing one batch of raw weights back
 _CACHE_BYTES = 1 << 20  # a CPU exchanges faster through a buffer that stays in its cache
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """What one shard exchanges. All tensors have one shape."""
-
-    target: Tensor  # the live tensor that forward reads
-    average: Tensor
-    master: Tensor | None = None  # the engine's copy that `target` was cast from
-    volatile: bool = False  # forward may change it (buffers)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether, while swapped, the average lies in `target` and not in `average`."""
-        return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
 
 
 _SWAPPED = 3  # a mark of _InPlace
@@ -242,6 +228,24 @@ def _entered(layout: AbstractLayout, pairs: Callable[[], Sequence[Pair]]) -> Exc
     if exchange is None:
         raise SwapError("the exchange was not built, yet no error was reported")
     return exchange
+
+
+@contextmanager
+def swapped(state: State, name: str | None) -> Iterator[bool]:
+    """Collective: all ranks must call. See `ShardedAverage.swapped`."""
+    state.refuse_while_swapped("swapped()")
+    name = state.resolve(name)
+    if not state.histories[name].n_averaged:
+        yield False
+        return
+    with swapped_in(state.layout, partial(state.pairs, name)):
+        state.swapped = name
+        swapped_models.add(state.layout.model)
+        try:
+            yield True
+        finally:
+            state.swapped = None
+            swapped_models.discard(state.layout.model)
 
 
 @contextmanager

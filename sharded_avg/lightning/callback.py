@@ -21,7 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from ..averager import ShardedAverage
 from ..errors import ConfigError
-from ..rules.base import AbstractLerpRule, AbstractRule, AvgFn, MultiAvgFn
+from ..rules.base import AbstractLerpRule, AbstractRule
+from ..rules.custom import AvgFn, MultiAvgFn
 from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..rules.base import EMA
+from ..rules.ema import EMA
 from .callback import WeightAveraging
 from .settings import count
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..rules.base import SWA, AbstractRule, AvgFn, CustomRule, MultiAvgFn
+from ..rules.base import AbstractRule
+from ..rules.custom import AvgFn, CustomRule, MultiAvgFn
+from ..rules.swa import SWA
 
 _SETTINGS = {"evaluate_with": ("average", "raw", "both"), "end_with": ("average", "raw")}
 

@@ -8,18 +8,16 @@ describe    the manifest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..averages.history import History
-from ..averages.store import Store
+from ..averages.state import State
 from ..ranks import rank_in
-from ..rules.base import AbstractRule
-from ..rules.schedule import WhenFn, schedule_settings
+from ..rules.schedule import schedule_settings
 from ..shard import Box, Shard
 from ..version import __version__
 from ..weights.members import Members
@@ -30,9 +28,9 @@ from .manifest import AverageRecord, Manifest, TensorRecord
 class Incoming:
     """Values being read. Takes memory when the first byte arrives."""
 
-    def __init__(self, members: Members, present: Store) -> None:
-        self._members = members
-        self.store = present.like()
+    def __init__(self, state: State) -> None:
+        self._members = state.members
+        self.store = state.store.like()
 
     def arrange(self) -> None:
         """Make room, filled with the live weights."""
@@ -86,26 +84,20 @@ def _is_written_here(shard: Shard, group: dist.ProcessGroup | None) -> bool:
     return not shard.is_buffer or shard.region != Box.whole(shard.shape) or rank_in(group) == 0
 
 
-def describe(
-    members: Members,
-    store: Store,
-    rules: Mapping[str, AbstractRule],
-    histories: Mapping[str, History],
-    step: int,
-    schedule: WhenFn,
-) -> Manifest:
+def describe(state: State) -> Manifest:
     """What is saved says this about itself."""
-    dtypes = {shard.name: str(store.dtype_of(shard)).removeprefix("torch.") for shard in members.averaged}
+    members = state.members
+    dtypes = {shard.name: str(state.store.dtype_of(shard)).removeprefix("torch.") for shard in members.averaged}
     averages = {}
-    for name, rule in rules.items():
-        history = histories[name]
+    for name, rule in state.rules.items():
+        history = state.histories[name]
         averages[name] = AverageRecord(rule=rule.settings(), n_averaged=history.n_averaged, updates=history.as_lists())
     return Manifest(
-        step=step,
+        step=state.step,
         averages=averages,
         tensors={s.name: TensorRecord(shape=list(s.shape), dtype=dtypes[s.name]) for s in members.averaged},
         aliases={alias: name for alias, name in members.layout.aliases.items() if name in dtypes},
-        schedule=schedule_settings(schedule),
+        schedule=schedule_settings(state.schedule),
         package=__version__,
         torch=str(torch.__version__),
     )

@@ -215,7 +215,7 @@ def fail_alone(tmp_path: Path, name: str, saving_grace_s: float | None) -> dict[
             raised = error
     found: dict[str, Any] = {"took_s": time.monotonic() - start, "raised": type(raised)}
     found["cause"] = type(raised.__context__)
-    found["own"] = {shard.name: (shard.region, shard.tensor.clone()) for shard in ours.average._members.averaged}
+    found["own"] = {shard.name: (shard.region, shard.tensor.clone()) for shard in ours.average._state.members.averaged}
     found["average"] = full_average(ours)
     found["saved"] = path.exists()
     if path.is_file():

@@ -98,7 +98,7 @@ def check_no_second_model(row: Row) -> None:
         average.update()
     assert [id(module) for module in engine.model.modules()] == modules
     assert average.nbytes == 4 * engine.local_numel()
-    beside = count.nbytes - average.nbytes - average._store.scratch_nbytes
+    beside = count.nbytes - average.nbytes - average._state.store.scratch_nbytes
     assert 0 <= beside <= 32  # FSDP1 drops its full copies with a tensor of 20 bytes
 
 
@@ -140,9 +140,9 @@ def test_one_call_updates_all_local_shards() -> None:
 
 def check_offloaded(row: Row) -> None:
     engine, average = trained_with(row)
-    shards = average._members.averaged
+    shards = average._state.members.averaged
     for shard in shards:
-        held = (shard.tensor, shard.target, average._store.view("average", shard.name))
+        held = (shard.tensor, shard.target, average._state.store.view("average", shard.name))
         assert not any(isinstance(tensor, DTensor) for tensor in held)
         assert {tensor.device.type for tensor in held} == {"cpu"}
     raw = forward(engine)

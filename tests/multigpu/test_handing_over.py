@@ -108,7 +108,7 @@ def check_looking(row: Row) -> None:
     )
     assert average.distance() == pytest.approx(expected, rel=1e-9)
     assert average.live_is_finite()
-    hold = average._members.averaged
+    hold = average._state.members.averaged
     last = dist.get_rank() == dist.get_world_size() - 1 if dist.is_initialized() else True
     mine = [shard.tensor for shard in hold if shard.tensor.numel()]
     if last and mine:

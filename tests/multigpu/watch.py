@@ -51,7 +51,7 @@ def pointers(engine: Engine) -> dict[str, int]:
 
 def snapshot(engine: Engine, average: ShardedAverage) -> list[Tensor]:
     """Copies of every bit that a swap touches on this rank."""
-    members, store = average._members, average._store
+    members, store = average._state.members, average._state.store
     live = [tensor for shard in members.all for tensor in (shard.tensor, shard.target)]
     views = [store.view(name, shard.name) for name in average.names for shard in members.averaged]
     return [tensor.clone() for tensor in [*live, *views]]

@@ -294,8 +294,8 @@ def test_nothing_moves_between_updates() -> None:
 
 
 def addresses(average: ShardedAverage) -> list[int]:
-    store = average._store
-    return [store.view(name, shard.name).data_ptr() for name in RULES for shard in average._members.averaged]
+    store = average._state.store
+    return [store.view(name, shard.name).data_ptr() for name in RULES for shard in average._state.members.averaged]
 
 
 def test_n_averaged_is_a_python_int() -> None:

@@ -1,0 +1,151 @@
+"""What is averaged, and how far.
+
+A State is everything that a ShardedAverage knows: the members of a model, the rules and the schedule, the store with
+the averaged shards, and which steps each average has taken in. Updating is its own; swapping, handing out, saving and
+loading are functions elsewhere that take a State as an argument. `replace` is the one way in which averages that come
+from elsewhere take the place of those that are here.
+
+    Pair   what one shard exchanges: the live tensor that forward reads, and its average
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NotStartedError, SwapError
+from ..rules.base import AbstractRule
+from ..rules.schedule import WhenFn
+from ..shard import Shard
+from ..weights.layouts.base import AbstractLayout
+from ..weights.members import Members
+from .history import History
+from .store import Store
+
+swapped_models: WeakSet[nn.Module] = WeakSet()  # of any State: a model may have several
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one shard exchanges. All tensors have one shape."""
+
+    target: Tensor  # the live tensor that forward reads
+    average: Tensor
+    master: Tensor | None = None  # the engine's copy that `target` was cast from
+    volatile: bool = False  # forward may change it (buffers)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether, while swapped, the average lies in `target` and not in `average`."""
+        return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
+
+
+class State:
+    """The averages of some members, and how far they have come."""
+
+    def __init__(self, members: Members, rules: Mapping[str, AbstractRule], schedule: WhenFn, store: Store) -> None:
+        self.members, self.rules, self.schedule, self.store = members, dict(rules), schedule, store
+        self.histories = dict.fromkeys(rules, History())
+        self.step = 0  # optimizer steps seen
+        self.swapped: str | None = None  # the average that is in the model now
+        self._arranged_for: list[Shard] | None = None  # what the members were when the store was arranged
+
+    @property
+    def layout(self) -> AbstractLayout:
+        return self.members.layout
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the model together; `None` where each process holds all of it."""
+        return self.members.layout.group
+
+    @torch.no_grad()
+    def update(self, *, unscheduled: bool = False) -> bool:
+        """See `ShardedAverage.update`. Local."""
+        self.refuse_while_swapped("update()")
+        if unscheduled:
+            self._take_in(max(1, self.step))
+            return True
+        if self.layout.step_was_skipped():
+            return False
+        due = bool(self.schedule(self.step + 1))
+        if due:
+            self._take_in(self.step + 1)
+        self.step += 1
+        return due
+
+    def _take_in(self, step: int) -> None:
+        self.arrange(admit=True)
+        self.store.update(self.rules, {name: history.n_averaged for name, history in self.histories.items()})
+        self.histories = {name: history.after(step) for name, history in self.histories.items()}
+
+    def arrange(self, *, admit: bool = False) -> None:
+        """Point the store at the live shards, wherever they are now; with `admit`, newcomers join."""
+        self.members.refresh()
+        joined = admit and self.members.admit()
+        if self._arranged_for is self.members.all:
+            return
+        try:
+            self.store.arrange(self.members.averaged)
+        except BaseException:  # out of memory, most likely; without the newcomers there was enough
+            if joined:
+                self.members.dismiss()
+            raise
+        self._arranged_for = self.members.all
+
+    def replace(self, store: Store, histories: Mapping[str, History], step: int) -> None:
+        """Go on with the values in `store`, which is of these members; averages without a history keep theirs."""
+        self.store = store
+        self._arranged_for = self.members.all if store.arranged else None
+        self.histories |= {name: history for name, history in histories.items() if name in self.rules}
+        self.step = step
+
+    def pair(self, name: str, shard: Shard) -> Pair:
+        """What one averaged shard exchanges with the average called `name`."""
+        master = None if shard.working is None else shard.tensor
+        return Pair(shard.target, self.store.view(name, shard.name), master, volatile=shard.is_buffer)
+
+    def pairs(self, name: str) -> list[Pair]:
+        """Those of all averaged shards, wherever their live tensors are now; always in one order."""
+        self.arrange()
+        return [self.pair(name, shard) for shard in self.members.averaged]
+
+    def average_of(self, name: str, shard: Shard) -> Tensor:
+        """Where the average of a shard lies now: while swapped, perhaps in the live tensor."""
+        if self.swapped == name and self.pair(name, shard).in_place:
+            return shard.target
+        return self.store.view(name, shard.name)
+
+    # -- guards ----------------------------------------------------------------------------------------------------
+
+    def resolve(self, name: str | None) -> str:
+        """The name of an average; it may be left out where there is one only."""
+        if name is None and len(self.rules) == 1:
+            return next(iter(self.rules))
+        if name not in self.rules:
+            raise ConfigError(f"name={name!r}: this object keeps the averages {list(self.rules)}; name one of them")
+        return name
+
+    def started(self, name: str | None) -> str:
+        """As `resolve`, of an average that has had an update. Raises `NotStartedError`."""
+        name = self.resolve(name)
+        if not self.histories[name].n_averaged:
+            raise NotStartedError(
+                f"the average {name!r} has had no update yet ({self.step} steps seen), so there are no averaged "
+                "weights to hand out. Call update() after optimizer steps, and check the schedule's start_step"
+            )
+        return name
+
+    def refuse_while_swapped(self, what: str) -> None:
+        """Raise `SwapError` if any average is in the model."""
+        if self.swapped is not None or self.layout.model in swapped_models:
+            which = "of another ShardedAverage" if self.swapped is None else repr(self.swapped)
+            raise SwapError(
+                f"{what} cannot be called while the average {which} is swapped in: live and averaged values have "
+                "changed places. Leave the `with average.swapped():` block first"
+            )

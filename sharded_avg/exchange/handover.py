@@ -1,0 +1,75 @@
+"""The average as the model's own weights, for good, and the way back.
+
+A swap is for a block of code; a handover is for the end of training. `raw_weights` keeps what it replaces, in host
+memory, `copy_to_model` replaces it, and `restore_raw` undoes that if nobody has given the model other weights since.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..averages.state import State
+from ..ranks import all_or_none, gather_objects
+from ..weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
+
+
+@torch.no_grad()
+def raw_weights(state: State, name: str | None) -> RawWeights:
+    """Collective: all ranks must call. See `ShardedAverage.raw_weights`."""
+    state.refuse_while_swapped("raw_weights()")
+    name = state.started(name)
+    with all_or_none(state.group, "copying raw weights to host memory"):
+        state.arrange()
+        return set_aside(name, state.members.averaged)
+
+
+@torch.no_grad()
+def copy_to_model(state: State, name: str | None, undo: RawWeights | None) -> None:
+    """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
+    state.refuse_while_swapped("copy_to_model()")
+    name = state.started(name)
+    try:
+        with all_or_none(state.group, "copying averages into the model"):
+            state.arrange()
+            state.layout.release()
+            for shard in state.members.averaged:
+                for live in live_tensors(shard):
+                    live.copy_(state.store.view(name, shard.name))
+        publish_all(state)
+    except BaseException:
+        if undo is not None:
+            bring_back(undo, state.members.averaged)
+        raise
+
+
+@torch.no_grad()
+def restore_raw(state: State, raw: RawWeights) -> bool:
+    """Collective: all ranks must call. See `ShardedAverage.restore_raw`."""
+    state.refuse_while_swapped("restore_raw()")
+    with all_or_none(state.group, "comparing live weights with averages"):
+        state.arrange()
+        state.layout.release()
+        known = [shard for shard in state.members.averaged if shard.name in raw.values]
+        unchanged = all(holds_either(shard, state.average_of(raw.average, shard), raw) for shard in known)
+    if not all(gather_objects(state.group, unchanged)):
+        return False
+    with all_or_none(state.group, "bringing raw weights back"):
+        bring_back(raw, known)
+    publish_all(state)
+    return True
+
+
+def publish_all(state: State) -> None:
+    """Collective: all ranks must call. Spread what ranks wrote into weights and masters to every replica."""
+    state.layout.publish()
+    state.layout.publish_masters()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def republish(state: State) -> None:
+    """Collective: all ranks must call. See `ShardedAverage.republish`."""
+    layout = state.layout
+    if layout.publishes and any(gather_objects(layout.group, layout.has_stale_replicas)):
+        layout.publish()
+        layout.has_stale_replicas = False
