@@ -1,4 +1,4 @@
-"""The ranks of these tests are those of tests/multigpu: its pools, or the ranks that torchrun made."""
+"""The ranks of these tests are the pools of tests/helpers/pool.py, or the ranks that torchrun made."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.helpers.pool import close_all, under_torchrun
 from tests.multigpu.conftest import pytest_collection_modifyitems, pytest_sessionfinish  # noqa: F401 - hooks
-from tests.multigpu.pool import close_all, under_torchrun
 
 if under_torchrun():
     from tests.multigpu.conftest import tmp_path  # noqa: F401 - a fixture

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from tests.multigpu.launch import run_python
-from tests.multigpu.pool import run_on_ranks
+from tests.helpers.launch import run_python
+from tests.helpers.pool import run_on_ranks
 
 from .modules import Tiny, TinyHooks, of_package
 from .strategies import LIGHTNING, STRATEGIES

@@ -3,7 +3,7 @@
     Strategy    a row: how it is made, on how many ranks, where its body runs, what its checkpoints look like
     STRATEGIES  name -> Strategy
     where       "here"       the test's own process
-                "torch"      ranks of a pool (tests/multigpu/pool.py), which found each other before Lightning came
+                "torch"      ranks of a pool (tests/helpers/pool.py), which found each other before Lightning came
                 "deepspeed"  ranks of a pool that nothing but DeepSpeed uses
                 "fresh"      a Python of its own, that spawns ranks itself
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sharded_avg import ShardedAverage, averager, load_averaged_state_dict
 from sharded_avg.errors import CheckpointError, PeerError, UnsupportedModelError
-from sharded_avg.exchange import swap
+from sharded_avg.exchange import handover, swap
 from sharded_avg.lightning import EMAWeightAveraging, resuming, saving
 from sharded_avg.lightning.weights import Weights
 from sharded_avg.weights import aside as replaced
@@ -300,10 +300,8 @@ CODES: dict[CodeType, str] = {
         vars(Weights)[name].__code__: name for name in ("enter", "leave", "finish", "unfinish", "_restored", "_go_back")
     },
     **{vars(Weights)[name].__wrapped__.__code__: name for name in ("raw", "_moving")},
-    **{
-        vars(ShardedAverage)[name].__wrapped__.__code__: name
-        for name in ("raw_weights", "copy_to_model", "restore_raw")
-    },
+    **{vars(ShardedAverage)[name].__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
+    **{vars(handover)[name].__wrapped__.__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
     replaced.bring_back.__code__: "bring_back",
     replaced.set_aside.__code__: "set_aside",
 }

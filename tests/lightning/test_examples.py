@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sharded_avg import load_averaged_state_dict
-from tests.multigpu.launch import EXAMPLES, ROOT, run_agents, run_python
+from tests.helpers.launch import EXAMPLES, ROOT, run_agents, run_python
 
 NAMES = ["single", "ddp", "fsdp", "fsdp2", "deepspeed"]
 FOLDERS = ["fsdp", "fsdp2", "deepspeed"]  # whose checkpoints are folders

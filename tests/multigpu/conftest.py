@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from . import pool
+from tests.helpers import pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,7 +24,7 @@ def pytest_sessionfinish() -> None:
 
 
 if pool.under_torchrun():
-    from . import outer
+    from tests.helpers import outer
 
     outer.start()
 

@@ -19,10 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, SWA, ShardedAverage
-
-from .engines import ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
-from .models import SEVERAL, VARIANTS, Reference, batch
-from .pool import on_ranks
+from tests.helpers.engines import ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
+from tests.helpers.models import SEVERAL, VARIANTS, Reference, batch
+from tests.helpers.pool import on_ranks
 
 NUM_STEPS = 3
 SWAPPED = ("ema", SEVERAL, "own_dtype")  # the rule makes no difference to a swap; these take all ways through it

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from .launch import EXAMPLES, Finished, run_agents
+from tests.helpers.launch import EXAMPLES, Finished, run_agents
 
 SCRIPT = EXAMPLES / "text_fsdp2.py"
 TIMEOUT_S = {"torch": 300.0, "deepspeed": 500.0}  # on an idle machine 10 s; DeepSpeed builds its op once

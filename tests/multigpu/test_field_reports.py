@@ -23,14 +23,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, LayoutChangedError, ShardedAverage
 from sharded_avg.weights.layouts.zero import ZeroLayout
-
-from .engines import Row, mesh, run_row
-from .models import batch
-from .pool import on_ranks
-from .watch import CountBytes, forward, trained_with
-from .zero_engines import Awkward as ZeroModel
-from .zero_engines import engine_of, evaluate, every_stage, settings, train
-from .zero_engines import gathered as gathered_by_hand
+from tests.helpers.engines import Row, mesh, run_row
+from tests.helpers.models import batch
+from tests.helpers.pool import on_ranks
+from tests.helpers.watch import CountBytes, forward, trained_with
+from tests.helpers.zero_engines import Awkward as ZeroModel
+from tests.helpers.zero_engines import engine_of, evaluate, every_stage, settings, train
+from tests.helpers.zero_engines import gathered as gathered_by_hand
 
 DECAY = 0.5
 Full = dict[str, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .launch import EXAMPLES, free_port, run_agents, run_python
+from tests.helpers.launch import EXAMPLES, free_port, run_agents, run_python
 
 TIMEOUT_S = 400.0  # on an idle machine of two cores 25 s
 

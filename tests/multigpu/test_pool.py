@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .pool import ROOT, RanksFailedError, on_ranks, rank_device, run_on_ranks
+from tests.helpers.pool import ROOT, RanksFailedError, on_ranks, rank_device, run_on_ranks
 
 THIS = Path(__file__).relative_to(ROOT)
 

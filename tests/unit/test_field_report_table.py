@@ -74,7 +74,7 @@ def test_no_row_is_pending() -> None:
 
 @pytest.mark.parametrize(
     ("file", "name", "error"),
-    [("tests/unit/test_average.py", "test_nothing_of_this_name", "has no test_nothing_of_this_name")],
+    [("tests/unit/test_averager.py", "test_nothing_of_this_name", "has no test_nothing_of_this_name")],
 )
 def test_a_test_that_is_gone_is_noticed(file: str, name: str, error: str) -> None:
     """Or the table could not fail."""

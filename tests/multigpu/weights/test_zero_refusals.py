@@ -14,9 +14,8 @@ from torch import nn
 from sharded_avg.errors import EngineVersionError, LayoutChangedError, ShardedAvgError, UnsupportedModelError
 from sharded_avg.weights.layouts.detect import detect
 from sharded_avg.weights.layouts.zero import ZeroLayout, looks_like_zero
-
-from .pool import on_ranks
-from .zero_engines import assert_same, engine_of, every_stage, gathered, settings, train
+from tests.helpers.pool import on_ranks
+from tests.helpers.zero_engines import assert_same, engine_of, every_stage, gathered, settings, train
 
 # --- what moves, and what is refused -------------------------------------------------------------------------------
 

@@ -16,10 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharded_avg import CheckpointError, ShardedAverage
-
-from .engines import ENGINES, ONE_PROCESS, Engine
-from .models import FORMULAS, Variant, awkward
-from .pool import on_ranks, run_on_ranks, under_torchrun
+from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine
+from tests.helpers.models import FORMULAS, Variant, awkward
+from tests.helpers.pool import on_ranks, run_on_ranks, under_torchrun
 
 pytestmark = [
     pytest.mark.skipif(under_torchrun(), reason="takes engines on 1 to 4 ranks in one test"),

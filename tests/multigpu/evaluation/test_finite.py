@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sharded_avg import PeerError
 from sharded_avg.evaluation.finite import all_finite
-
-from .pool import on_ranks, rank_device
+from tests.helpers.pool import on_ranks, rank_device
 
 
 def mine(value: float | None) -> list[Tensor]:

@@ -16,16 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_avg.errors import EngineVersionError, LayoutChangedError, UnsupportedModelError
 from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
-
-from .fsdp1_models import (
-    assert_state,
-    batch,
-    both_views,
-    fsdp,
-    mesh,
-    plain_model,
-)
-from .pool import on_ranks
+from tests.helpers.fsdp1_models import assert_state, batch, both_views, fsdp, mesh, plain_model
+from tests.helpers.pool import on_ranks
 
 
 @on_ranks(3)

@@ -150,7 +150,7 @@ class Pool:
     def _start(self, kind: str, rank: int, world_size: int) -> None:
         ours, theirs = multiprocessing.Pipe()
         arguments = (kind, rank, world_size, str(self.folder), theirs.fileno())
-        code = f"from tests.multigpu.worker import main; main(*{arguments!r})"
+        code = f"from tests.helpers.worker import main; main(*{arguments!r})"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path_with(ROOT), "PYTEST_ADDOPTS": ""}
         with theirs, log_path(self.folder, rank).open("wb") as log:
             process = subprocess.Popen(

@@ -18,11 +18,10 @@ from sharded_avg import EMA, ConfigError, NotStartedError, PeerError, ShardedAve
 from sharded_avg.exchange import gather
 from sharded_avg.exchange.gather import local_part, split_region
 from sharded_avg.shard import Box, Interval, Region, put, take
-
-from .engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
-from .models import VARIANTS, batch
-from .pool import on_ranks
-from .watch import CountBytes, buffers_of, forward, same, snapshot, trained_with
+from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
+from tests.helpers.models import VARIANTS, batch
+from tests.helpers.pool import on_ranks
+from tests.helpers.watch import CountBytes, buffers_of, forward, same, snapshot, trained_with
 
 Full = dict[str, Tensor]
 

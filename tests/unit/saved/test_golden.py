@@ -12,7 +12,7 @@ import sharded_avg
 from sharded_avg import ShardedAverage
 from tests.golden.make import NUM_STEPS, RULES, SCHEDULE, Golden
 
-FOLDERS = sorted(path for path in (Path(__file__).parents[1] / "golden").iterdir() if (path / ".metadata").exists())
+FOLDERS = sorted(path for path in (Path(__file__).parents[2] / "golden").iterdir() if (path / ".metadata").exists())
 
 
 def expected(name: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@ from sharded_avg.commands.cli import _bytes, main
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.shard import Box
-from tests.unit.test_consolidate import sparse_folder
+
+from .test_consolidate import sparse_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 COMMAND = [sys.executable, "-m", "sharded_avg"]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sharded_avg.rules.base import AbstractRule
 from torch import Tensor, nn
 
 from sharded_avg import EMA, SWA, CustomRule, ShardedAverage
+from sharded_avg.rules.base import AbstractRule
 
 SEVERAL = "several"
 

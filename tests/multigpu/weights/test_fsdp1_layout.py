@@ -19,8 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from sharded_avg.shard import Box, Interval
 from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
-
-from .fsdp1_models import (
+from tests.helpers.fsdp1_models import (
     LOW,
     MOMENTS,
     Awkward,
@@ -40,7 +39,7 @@ from .fsdp1_models import (
     restore,
     views_are_shards,
 )
-from .pool import on_ranks
+from tests.helpers.pool import on_ranks
 
 
 @every_strategy

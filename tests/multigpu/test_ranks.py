@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage
 from sharded_avg.averages.store import Store
 from sharded_avg.exchange import swap
-
-from .pool import on_ranks
+from tests.helpers.pool import on_ranks
 
 
 def ddp(model: nn.Module) -> tuple[DistributedDataParallel, ShardedAverage]:

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, PeerError, ShardedAverage, SwapError
 from sharded_avg.exchange import swap
-
-from .engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, run_row
-from .models import VARIANTS, batch
-from .pool import on_ranks
-from .watch import CountBytes, buffers_of, forward, pointers, same, snapshot, trained_with
+from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, run_row
+from tests.helpers.models import VARIANTS, batch
+from tests.helpers.pool import on_ranks
+from tests.helpers.watch import CountBytes, buffers_of, forward, pointers, same, snapshot, trained_with
 
 
 def expected_forward(row: Row, engine: Engine, average: ShardedAverage) -> Tensor:

@@ -14,8 +14,19 @@ from torch import nn
 from sharded_avg import CheckpointError, ConfigError
 from sharded_avg.formats.importers import IMPORTERS, find_importer
 from sharded_avg.formats.importers.opened import open_content
-
-from .foreign import AVERAGE, BUILDERS, NAMES, RAW, SHAPES, Sample, composer, composer_ema, prefixed, pretrained, saved
+from tests.helpers.foreign import (
+    AVERAGE,
+    BUILDERS,
+    NAMES,
+    RAW,
+    SHAPES,
+    Sample,
+    composer,
+    composer_ema,
+    prefixed,
+    pretrained,
+    saved,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
@@ -55,7 +66,7 @@ def test_every_importer_has_a_sample() -> None:
     formats = [importer.format for importer in IMPORTERS]
     assert len(formats) == len(set(formats))
     assert set(formats) == {format for format, _ in BUILDERS.values()}
-    documented = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    documented = (Path(__file__).parents[3] / "docs" / "formats.md").read_text()
     assert not [format for format in formats if f"`{format}`" not in documented]
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sharded_avg.evaluation.finite import all_finite
-
-from ..multigpu.watch import CountBytes
+from tests.helpers.watch import CountBytes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPES = (*FLOATS, torch.complex64, torch.float8_e5m2)

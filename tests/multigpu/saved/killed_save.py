@@ -1,6 +1,6 @@
 """Kill a rank at every point of a save, and load what is left. Run as a program by test_killed_save.py.
 
-    python -m tests.multigpu.killed_save WORLD_SIZE FOLDER
+    python -m tests.multigpu.saved.killed_save WORLD_SIZE FOLDER
 
 A point is a file-system event (open, rename, remove, mkdir, ...) of one rank on the saved folder or its companions, as
 Python's audit hooks report them, before it happens. For each rank and point, a first average is saved, a second save

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .pool import ROOT, under_torchrun
+from tests.helpers.pool import ROOT, under_torchrun
 
 pytestmark = [
     pytest.mark.own_processes,
@@ -25,7 +25,7 @@ def test_killed_at_every_point(world_size, tmp_path):
     """P88, P96: whatever rank dies, and whenever, the previous average loads, or else the new one, whole."""
     shared_memory = Path("/dev/shm")  # syncing a hundred small files to a disk takes minutes
     folder = shared_memory / f"killed-{os.getpid()}" if shared_memory.is_dir() else tmp_path
-    command = [sys.executable, "-m", "tests.multigpu.killed_save", str(world_size), str(folder)]
+    command = [sys.executable, "-m", "tests.multigpu.saved.killed_save", str(world_size), str(folder)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:

@@ -27,11 +27,10 @@ from sharded_avg import (
 )
 from sharded_avg.evaluation import batch_norm as buffers
 from sharded_avg.exchange import swap
-
-from .engines import Row, mesh, run_row
-from .models import Awkward, batch
-from .pool import on_ranks, rank_device
-from .watch import buffers_of, forward, same, snapshot, trained_with
+from tests.helpers.engines import Row, mesh, run_row
+from tests.helpers.models import Awkward, batch
+from tests.helpers.pool import on_ranks, rank_device
+from tests.helpers.watch import buffers_of, forward, same, snapshot, trained_with
 
 SOME_ENGINES = [
     ("ddp", 3),

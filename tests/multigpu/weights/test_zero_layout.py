@@ -15,9 +15,8 @@ from sharded_avg import EMA, ShardedAverage
 from sharded_avg.shard import Box, Interval, Shard
 from sharded_avg.weights.layouts import zero
 from sharded_avg.weights.layouts.zero import ZeroLayout, looks_like_zero
-
-from .pool import on_ranks
-from .zero_engines import (
+from tests.helpers.pool import on_ranks
+from tests.helpers.zero_engines import (
     CONFIGS,
     Awkward,
     Config,

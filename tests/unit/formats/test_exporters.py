@@ -19,8 +19,7 @@ from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, 
 from sharded_avg.commands.cli import main
 from sharded_avg.commands.convert import Conversion, read_names
 from sharded_avg.formats.importers import find_importer
-
-from .foreign import BUILDERS, NAMES, SHAPES, Sample, State
+from tests.helpers.foreign import BUILDERS, NAMES, SHAPES, Sample, State
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
