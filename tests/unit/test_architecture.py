@@ -155,6 +155,43 @@ def test_each_engine_is_known_to_its_own_file(engine: str) -> None:
     assert not strangers, "\n".join(strangers)
 
 
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__")
+
+
+@cache
+def private_names_of(room: str) -> set[str]:
+    """What the files of a room define with a leading underscore: functions, classes, constants, attributes."""
+    found: set[str] = set()
+    for module in modules():
+        if module.partition(".")[0] != room:
+            continue
+        for node in ast.walk(modules()[module]):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+                found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return set(filter(private, found))
+
+
+@pytest.mark.parametrize("module", modules())
+def test_no_room_reaches_into_anothers_underscore_names(module: str) -> None:
+    own = module.partition(".")[0]
+    imported = [
+        name
+        for name in imported_by(module)
+        if name.startswith("sharded_avg.") and name.split(".")[1] != own and private(name.rpartition(".")[2])
+    ]
+    rooms = {other.partition(".")[0] for other in modules()} - {own}
+    elsewhere = set().union(*(private_names_of(room) for room in rooms)) - private_names_of(own)
+    reached = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(modules()[module])
+        if isinstance(node, ast.Attribute) and node.attr in elsewhere
+    ]
+    assert not imported + reached
+
+
 def test_import_needs_no_engine() -> None:
     code = (
         "import sys, sharded_avg\n"
