@@ -13,7 +13,6 @@ exist and a checkpoint saved before the first update can be loaded like any othe
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
@@ -27,33 +26,36 @@ from ..shard import Box, Patch, Region, patches
 NOT_STARTED = "not started"
 
 
-class Destination:
-    """Where a value that is read goes, found out when the first byte arrives; copies of an item share it."""
+def chunk_of(box: Box) -> ChunkStorageMetadata:
+    """DCP's word for a Box."""
+    return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
 
-    def __init__(self, find: Callable[[], Tensor]) -> None:
-        self._find = find
 
-    def __call__(self) -> Tensor:
-        """The local tensor, shaped like the item's region."""
-        return self._find()
-
-    def __deepcopy__(self, memo: Any) -> Destination:
-        return self
+def written(fqn: str, box: Box, full: Tensor) -> WriteItem:
+    """DCP's order to write one Box of a tensor; of `full`, only shape and dtype count."""
+    return WriteItem(
+        index=MetadataIndex(fqn, torch.Size(box.offsets)),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=chunk_of(box), properties=TensorProperties(dtype=full.dtype), size=full.shape
+        ),
+    )
 
 
 class ShardItem(Tensor):
     """One averaged tensor in a DCP state dict.
 
     DCP takes only tensors apart, so this is one: it has the full shape and dtype and no data, and refuses arithmetic.
-    `local` is this rank's average, shaped like the region; `None` before the first update. `destination` is where a
-    value that is read goes; it may allocate. `writes=False`: another rank writes this piece, which may differ here (a
+    `local` is this rank's average, shaped like the region; `None` before the first update. `destination` finds out,
+    when the first byte arrives, where a value that is read goes; it may allocate, and is a plain function, which
+    copies of the item share. `writes=False`: another rank writes this piece, which may differ here (a
     buffer of which every rank has its own values). DCP's asynchronous save copies the attributes of a tensor
     subclass, and with `local` the values, before training goes on.
     """
 
     _patches: dict[tuple[int, ...], Patch]
     _local: Tensor | None
-    _destination: Destination
+    _destination: Callable[[], Tensor]
     _writes: bool
     is_read: bool  # a load has asked for it
 
@@ -64,7 +66,7 @@ class ShardItem(Tensor):
         region: Region,
         dtype: torch.dtype,
         local: Tensor | None,
-        destination: Destination,
+        destination: Callable[[], Tensor],
         *,
         writes: bool = True,
     ) -> ShardItem:
@@ -94,35 +96,21 @@ class ShardItem(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardItem({tuple(self.shape)}, {self.dtype}, boxes={[p.box for p in self._patches.values()]})"
 
-    def _chunk(self, box: Box) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
-
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         self.is_read = False
         if self._local is None:
             return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(patch.box.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=self._chunk(patch.box), properties=properties, size=self.shape),
-            )
-            for patch in (self._patches.values() if self._writes else ())
-        ]
+        return [written(fqn, patch.box, self) for patch in (self._patches.values() if self._writes else ())]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         self.is_read = True  # only a load asks this
-        return [self._chunk(patch.box) for patch in self._patches.values()]
+        return [chunk_of(patch.box) for patch in self._patches.values()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor | str:
         if index.offset is None:
             return NOT_STARTED
         local = self._destination() if self.is_read or self._local is None else self._local
-        return _window(local, self._patches[tuple(index.offset)])
-
-
-def _window(values: Tensor, patch: Patch) -> Tensor:
-    if values.ndim == len(patch.box.lengths) and values.numel() == prod(patch.box.lengths):
-        return values.view(patch.box.lengths) if values.is_contiguous() else values
-    return values.view(-1)[patch.start : patch.stop].view(patch.box.lengths)
+        patch = self._patches[tuple(index.offset)]
+        if local.ndim == len(patch.box.lengths) and local.numel() == patch.box.numel:
+            return local.view(patch.box.lengths) if local.is_contiguous() else local
+        return local.view(-1)[patch.start : patch.stop].view(patch.box.lengths)

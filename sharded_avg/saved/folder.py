@@ -122,15 +122,13 @@ def _find(path: Path) -> tuple[str, str]:
             return whole, text
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{place.path!r}: {MANIFEST_FILE} cannot be read: {error}") from error
-    raise CheckpointError(f"{place.path!r} holds no saved average: {_what_is_there(place)}")
-
-
-def _what_is_there(place: AbstractPlace) -> str:
     if place.exists(place.incoming):
-        return f"only {place.incoming!r}, the pieces of a first save that was cut short; it cannot be used"
-    if not place.exists(place.path):
-        return "there is nothing of that name"
-    return f"it has no {MANIFEST_FILE}, so it is something else, or was torn while it was copied"
+        found = f"only {place.incoming!r}, the pieces of a first save that was cut short; it cannot be used"
+    elif not place.exists(place.path):
+        found = "there is nothing of that name"
+    else:
+        found = f"it has no {MANIFEST_FILE}, so it is something else, or was torn while it was copied"
+    raise CheckpointError(f"{place.path!r} holds no saved average: {found}")
 
 
 def load_folder(path: str, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -143,15 +141,10 @@ class _SafePlanner(DefaultLoadPlanner):
     """Reads objects that are not tensors (the manifest, NOT_STARTED) without running what a pickle may hold."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = torch.load(value, weights_only=True)
-        super().load_bytes(read_item, _saved_again(loaded))
-
-
-def _saved_again(value: object) -> io.BytesIO:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    return stream
+        loaded, again = torch.load(value, weights_only=True), io.BytesIO()
+        torch.save(loaded, again)  # DCP's own load_bytes unpickles: what it gets is ours
+        again.seek(0)
+        super().load_bytes(read_item, again)
 
 
 def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItem
 
 from ..files.sinks import slabs
 from ..files.source import AbstractSource
+from .dcp import written
 from .folder import save_folder
 from .manifest import BESIDE_KEY, Manifest
 from .place import MANIFEST_FILE, place_of
@@ -39,19 +40,7 @@ class SourceItem(Tensor):
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         source, name = self._read
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size(box.offsets)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.lengths)),
-                    properties=properties,
-                    size=self.shape,
-                ),
-            )
-            for box in slabs(source.infos[name])
-        ]
+        return [written(fqn, box, self) for box in slabs(source.infos[name])]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         source, name = self._read

@@ -9,7 +9,6 @@ describe    the manifest
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from ..rules.schedule import schedule_settings
 from ..shard import Box, Shard
 from ..version import __version__
 from ..weights.members import Members
-from .dcp import Destination, ShardItem
+from .dcp import ShardItem
 from .manifest import AverageRecord, Manifest, TensorRecord
 
 
@@ -61,7 +60,7 @@ def items_of(
                 shard.region,
                 incoming.store.dtype_of(shard),
                 present(shard) if present is not None else None,
-                Destination(partial(incoming.view, average, shard.name)),
+                lambda name=shard.name: incoming.view(average, name),  # type: ignore[misc]
                 writes=_is_written_here(shard, group),
             )
     return items
@@ -74,8 +73,7 @@ def buffers_of(members: Members) -> dict[str, ShardItem]:
     for shard in members.all:
         if shard.is_buffer and shard.name not in averaged:
             live, written = shard.tensor, _is_written_here(shard, members.layout.group)
-            stays = Destination(live.detach)
-            items[shard.name] = ShardItem(shard.shape, shard.region, shard.dtype, live, stays, writes=written)
+            items[shard.name] = ShardItem(shard.shape, shard.region, shard.dtype, live, live.detach, writes=written)
     return items | {alias: items[name] for alias, name in members.layout.aliases.items() if name in items}
 
 

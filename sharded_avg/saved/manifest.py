@@ -69,7 +69,17 @@ class Manifest:
 
         Fields that this version does not know are ignored, so that a newer package can add some.
         """
-        data = _header_checked(text)
+        try:  # NaN and Infinity are no JSON numbers, and no int()
+            data = json.loads(text, parse_constant=int) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            data = None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise CheckpointError("this is not the manifest of a saved average: it has no sharded_avg header")
+        if data.get("version") != VERSION:
+            raise CheckpointError(
+                f"this average was saved in format version {data.get('version')!r}; this package reads version "
+                f"{VERSION}. Install a newer sharded_avg"
+            )
         try:
             known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
             known["averages"] = {str(n): _record(AverageRecord, r) for n, r in known["averages"].items()}
@@ -91,25 +101,6 @@ class Manifest:
         for alias, name in self.aliases.items():
             _require(name in self.tensors, f"alias {alias!r} of {name!r}, which is not there")
         return self
-
-
-def _header_checked(text: object) -> dict[str, Any]:
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError("this is not the manifest of a saved average: it has no sharded_avg header")
-    if data.get("version") != VERSION:
-        raise CheckpointError(
-            f"this average was saved in format version {data.get('version')!r}; this package reads version {VERSION}. "
-            "Install a newer sharded_avg"
-        )
-    return data
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _record(cls: Any, data: Mapping[str, Any]) -> Any:

@@ -63,24 +63,20 @@ class _SafeIndex:
             return super()._slice_file(file, sinfo)  # type: ignore[misc]
         file.seek(sinfo.offset)
         piece = io.BytesIO(file.read(sinfo.length))
-        _check_sums(piece, sinfo)
+        try:
+            with zipfile.ZipFile(piece) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
+            # zipfile raises the last for an unknown compression method, which a damaged byte can ask for.
+            raise CheckpointError(f"{sinfo.relative_path} is truncated or damaged at byte {sinfo.offset}") from error
+        if damaged is not None:
+            raise CheckpointError(f"{sinfo.relative_path} is damaged: {damaged!r} has another checksum than when saved")
+        piece.seek(0)
         return piece
 
 
 class _SafeFileReader(_SafeIndex, FileSystemReader):
     pass
-
-
-def _check_sums(piece: io.BytesIO, sinfo: Any) -> None:
-    try:
-        with zipfile.ZipFile(piece) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError) as error:
-        # zipfile raises the last for an unknown compression method, which a damaged byte can ask for.
-        raise CheckpointError(f"{sinfo.relative_path} is truncated or damaged at byte {sinfo.offset}") from error
-    if damaged is not None:
-        raise CheckpointError(f"{sinfo.relative_path} is damaged: {damaged!r} has another checksum than when saved")
-    piece.seek(0)
 
 
 def safe_storage_reader(path: str) -> FileSystemReader:

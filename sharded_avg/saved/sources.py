@@ -10,7 +10,7 @@ the model that was averaged, or a part of it, frozen parameters and buffers come
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ class SavedAverages:
                 f"the average {name!r} in {str(self.folder.path)!r} had no update when it was saved (step "
                 f"{self.manifest.step}), so there are no averaged weights in it"
             )
-        self._check(name)
-        names = {tensor: self._key(name, tensor) for tensor in self.manifest.tensors}
+        names = {tensor: f"{self.prefix}{name}.{tensor}" for tensor in self.manifest.tensors}
+        self._check(names)
         names |= {alias: names[tensor] for alias, tensor in self.manifest.aliases.items()}
         beside = self._model_beside() or f"{self.prefix}{BESIDE_KEY}."
         rest = {key.removeprefix(beside): key for key in self.folder.infos if key.startswith(beside)}
@@ -72,17 +72,14 @@ class SavedAverages:
             raise CheckpointError(f"{str(self.folder.path)!r}: {wrong} of {names}")
         return name
 
-    def _key(self, name: str, tensor: str) -> str:
-        return f"{self.prefix}{name}.{tensor}"
-
-    def _check(self, name: str) -> None:
+    def _check(self, keys: Mapping[str, str]) -> None:
         """The manifest and DCP's index are two witnesses of the same save."""
         for tensor, record in self.manifest.tensors.items():
-            info = self.folder.infos.get(self._key(name, tensor))
+            info = self.folder.infos.get(keys[tensor])
             found = None if info is None else (list(info.shape), str(info.dtype).removeprefix("torch."))
             if found != (record.shape, record.dtype):
                 raise CheckpointError(
-                    f"{str(self.folder.path)!r} is torn or damaged: its manifest says that {name}.{tensor} is "
+                    f"{str(self.folder.path)!r} is torn or damaged: its manifest says that {keys[tensor]} is "
                     f"{record.shape} in {record.dtype}, and its index says {found or 'nothing of it'}"
                 )
 
@@ -137,16 +134,13 @@ def _ours(path: Path) -> SavedAverages:
 def _inside(folder: DcpFolder) -> SavedAverages | None:
     """The average in a user's own checkpoint."""
     keys = [key for key in folder.objects if key == MANIFEST_KEY or key.endswith(f".{MANIFEST_KEY}")]
-    found = [(key, text) for key in keys if _is_manifest(text := folder.load_object(key))]
+    texts = [(key, folder.load_object(key)) for key in keys]
+    found = [(key, text) for key, text in texts if isinstance(text, str) and f'"{FORMAT}"' in text[:200]]
     if len(found) > 1:
         raise CheckpointError(f"{str(folder.path)!r} holds several saved averages, under {[key for key, _ in found]}")
     for key, text in found:
         return SavedAverages(folder, key.removesuffix(MANIFEST_KEY), _manifest(text, str(folder.path)))
     return None
-
-
-def _is_manifest(value: Any) -> bool:
-    return isinstance(value, str) and f'"{FORMAT}"' in value[:200]
 
 
 def _manifest(text: Any, what: str) -> Manifest:
