@@ -66,14 +66,11 @@ def coalesce(rows: Sequence[Row]) -> list[Row]:
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [_joined(group) for group in groups]
-
-
-def _joined(group: list[Row]) -> Row:
-    if len(group) == 1:
-        return group[0]
-    numel = sum(row[0].numel() for row in group)
-    return tuple(tensor.as_strided((numel,), (1,)) for tensor in group[0])
+    joined = []
+    for group in groups:
+        numel = sum(row[0].numel() for row in group)
+        joined.append(group[0] if len(group) == 1 else tuple(t.as_strided((numel,), (1,)) for t in group[0]))
+    return joined
 
 
 def split(row: Row, limit: int) -> Iterator[Row]:

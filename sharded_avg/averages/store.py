@@ -29,13 +29,8 @@ class Batch:
     """One call of each rule."""
 
     live: list[Tensor]
-    scratch: list[Tensor] | None  # the live values in the average's dtype and on its device; None if they are already
+    current: list[Tensor]  # what rules read: `live`, or scratch of the average's dtype and device that it is copied to
     averaged: list[list[Tensor]]  # one list for each average, in the order of the store's names
-
-    @property
-    def current(self) -> list[Tensor]:
-        """What rules read."""
-        return self.live if self.scratch is None else self.scratch
 
 
 class Store:
@@ -53,7 +48,7 @@ class Store:
         self._views: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
         self._scratch: dict[Key, Tensor] = {}
         self._batches: list[Batch] = []
-        self._is_arranged = False
+        self.arranged = False  # whether it holds anything yet, or knows that this rank has nothing to hold
 
     def like(self) -> Store:
         """An empty store with the same settings."""
@@ -78,11 +73,6 @@ class Store:
 
     def __contains__(self, shard_name: str) -> bool:
         return shard_name in self._shards
-
-    @property
-    def arranged(self) -> bool:
-        """Whether the store holds anything yet, or knows that this rank has nothing to hold."""
-        return self._is_arranged
 
     def view(self, average: str, shard_name: str) -> Tensor:
         """The average of one shard, shaped like its live tensor."""
@@ -111,71 +101,64 @@ class Store:
                     self._views[name][shard.name].copy_(shard.tensor)
         self._shards = {shard.name: shard for shard in ordered}
         self._batches = self._make_batches(ordered)
-        self._is_arranged = True
+        self.arranged = True
         return new
 
     def _allocate(self, shards: list[Shard]) -> None:
+        """New arenas for these shards, with the values held of those that stay."""
+        keys = [self._key(shard) for shard in shards]
         sizes: dict[Key, int] = {}
-        for shard in shards:
-            sizes[self._key(shard)] = sizes.get(self._key(shard), 0) + shard.tensor.numel()
-        arenas, views = {}, {}
+        for key, shard in zip(keys, shards, strict=True):
+            sizes[key] = sizes.get(key, 0) + shard.tensor.numel()
+        arenas: dict[str, dict[Key, Tensor]] = {}
+        views: dict[str, dict[str, Tensor]] = {}
         for name in self.names:
             arenas[name] = {key: _empty(numel, key, shards) for key, numel in sizes.items()}
-            views[name] = self._carve(arenas[name], shards)
-            for shard_name, old in self._views[name].items():
-                if shard_name in views[name]:
-                    views[name][shard_name].copy_(old)
+            views[name] = {}
+            offsets = dict.fromkeys(sizes, 0)
+            for key, shard in zip(keys, shards, strict=True):
+                live, start = shard.tensor, offsets[key]
+                offsets[key] += live.numel()
+                flat = arenas[name][key][start : offsets[key]]
+                # The strides of a dense live tensor (channels_last, say): both can then be walked in memory order.
+                view = flat.as_strided(live.shape, live.stride()) if is_dense(live) else flat.view(live.shape)
+                views[name][shard.name] = view
+                if shard.name in self._views[name]:
+                    view.copy_(self._views[name][shard.name])
         self._arenas, self._views = arenas, views
 
-    def _carve(self, arenas: Mapping[Key, Tensor], shards: list[Shard]) -> dict[str, Tensor]:
-        offsets = dict.fromkeys(arenas, 0)
-        views = {}
-        for shard in shards:
-            key, live = self._key(shard), shard.tensor
-            flat = arenas[key][offsets[key] : offsets[key] + live.numel()]
-            # The strides of a dense live tensor (channels_last, say), so that both can be walked in memory order.
-            views[shard.name] = flat.as_strided(live.shape, live.stride()) if is_dense(live) else flat.view(live.shape)
-            offsets[key] += live.numel()
-        return views
-
     def _make_batches(self, shards: list[Shard]) -> list[Batch]:
+        """Group the shards into calls of the rules; scratch is allocated here, once for all batches of a key."""
         groups: dict[tuple[Key, Key], list[Shard]] = {}
         for shard in shards:
             groups.setdefault(((shard.tensor.device, shard.tensor.dtype), self._key(shard)), []).append(shard)
         views = [self._views[name] for name in self.names]
-        packed = []
+        packed: list[tuple[Key | None, list[Row]]] = []
+        needed: dict[Key, int] = {}
         for (live_key, key), members in groups.items():
             rows = coalesce([(s.tensor, *(view[s.name] for view in views)) for s in members])
             # In pieces, so that several averages find the live piece in cache, and scratch is small.
             in_pieces = live_key != key or len(self.names) > 1
-            pieces = list(pack(rows, chunk_numel(key[0]))) if in_pieces else [rows]
-            packed.append((None if live_key == key else key, [piece for piece in pieces if piece]))
-        self._allocate_scratch(packed, shards)
-        return [self._batch(rows, key) for key, pieces in packed for rows in pieces]
-
-    def _allocate_scratch(self, packed: list[tuple[Key | None, list[list[Row]]]], shards: list[Shard]) -> None:
-        needed: dict[Key, int] = {}
-        for key, pieces in packed:
-            if key is not None:
-                sizes = (sum(row[0].numel() for row in rows) for rows in pieces)
-                needed[key] = max(needed.get(key, 0), *sizes, 0)
+            for piece in pack(rows, chunk_numel(key[0])) if in_pieces else [rows] if rows else []:
+                packed.append((None if live_key == key else key, piece))
+                if live_key != key:
+                    needed[key] = max(needed.get(key, 0), sum(row[0].numel() for row in piece))
         self._scratch = {key: _empty(numel, key, shards) for key, numel in needed.items()}
-
-    def _batch(self, rows: list[Row], scratch_key: Key | None) -> Batch:
-        live = [row[0] for row in rows]
-        averaged = [[row[1 + i] for row in rows] for i in range(len(self.names))]
-        if scratch_key is None:
-            return Batch(live, None, averaged)
-        ends = list(accumulate(tensor.numel() for tensor in live))
-        flat = self._scratch[scratch_key]
-        scratch = [flat[e - t.numel() : e].view(t.shape) for e, t in zip(ends, live, strict=True)]
-        return Batch(live, scratch, averaged)
+        batches = []
+        for scratch_key, rows in packed:
+            current = live = [row[0] for row in rows]
+            if scratch_key is not None:
+                ends = accumulate(tensor.numel() for tensor in live)
+                flat = self._scratch[scratch_key]
+                current = [flat[end - t.numel() : end].view(t.shape) for end, t in zip(ends, live, strict=True)]
+            batches.append(Batch(live, current, [[row[1 + i] for row in rows] for i in range(len(self.names))]))
+        return batches
 
     def update(self, rules: Mapping[str, AbstractRule], counts: Mapping[str, int]) -> None:
         """One read of the live weights updates every average; an average with count 0 copies them. Local."""
         for batch in self._batches:
-            if batch.scratch is not None:
-                torch._foreach_copy_(batch.scratch, batch.live)
+            if batch.current is not batch.live:
+                torch._foreach_copy_(batch.current, batch.live)
             for name, averaged in zip(self.names, batch.averaged, strict=True):
                 if counts[name]:
                     rules[name].update_(averaged, batch.current, counts[name])

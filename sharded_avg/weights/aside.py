@@ -27,7 +27,10 @@ class RawWeights:
 
 def set_aside(average: str, shards: Iterable[Shard]) -> RawWeights:
     """Copies of what these shards hold."""
-    return RawWeights(average, {shard.name: [_host_copy(live) for live in live_tensors(shard)] for shard in shards})
+    values = {}
+    for shard in shards:
+        values[shard.name] = [live.detach().to("cpu", copy=True) for live in live_tensors(shard)]
+    return RawWeights(average, values)
 
 
 def bring_back(raw: RawWeights, shards: Iterable[Shard]) -> None:
@@ -53,24 +56,18 @@ def holds_either(shard: Shard, average: Tensor, raw: RawWeights) -> bool:
     """Whether a live parameter is still the average, or the raw one, bit for bit; a buffer may be anything."""
     if shard.is_buffer:
         return True
-    target, values = shard.target, raw.values[shard.name]
+    target, values = shard.target.detach(), raw.values[shard.name]
     # The last value is of what forward reads; the first, of a master, where an engine without masters reads the shard.
-    return any(_is_same(target, value.to(target)) for value in (average, values[-1], values[0]))
-
-
-def _is_same(left: Tensor, right: Tensor) -> bool:
-    """Bit for bit: a NaN is no other value than itself, and one in the average must not cost the raw weights."""
-    return torch.equal(left, right) or torch.equal(_bytes(left), _bytes(right))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    for value in (average, values[-1], values[0]):
+        expected = value.detach().to(target)
+        # As bytes, too: a NaN is no other value than itself, and one in the average must not cost the raw weights.
+        if torch.equal(target, expected) or torch.equal(
+            target.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)
+        ):
+            return True
+    return False
 
 
 def live_tensors(shard: Shard) -> list[Tensor]:
     """The tensor that is averaged, and the one that forward reads where that is another."""
     return [shard.tensor] if shard.working is None else [shard.tensor, shard.working]
-
-
-def _host_copy(live: Tensor) -> Tensor:
-    return live.detach().to("cpu", copy=True)

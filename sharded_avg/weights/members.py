@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError, LayoutChangedError, UnsupportedModelError
 from ..shard import Shard
 from . import names
-from .layouts.base import AbstractLayout
 from .layouts.detect import detect, layout_class
 
 Include = Callable[[str, Tensor], bool]
@@ -89,7 +88,12 @@ class Members:
         """Re-read the live tensors if they have moved. Raises `LayoutChangedError` if the model is cut differently."""
         if self.layout.is_current() and self._tree.unchanged():
             return
-        now = self._layout_now()
+        try:
+            now = layout_class(self._model)
+        except UnsupportedModelError as error:
+            raise LayoutChangedError(
+                f"the model was wrapped after its average was built: {error}. {_REBUILD}"
+            ) from error
         if now is not type(self.layout):
             raise LayoutChangedError(
                 f"the average was built for {type(self.layout).__name__} and the model is now one for {now.__name__}: "
@@ -102,28 +106,17 @@ class Members:
             raise LayoutChangedError(
                 f"the model has changed since the average was built: {error}. {_REBUILD}"
             ) from error
-        self._check_cuts(shards)
-        self.all = shards
-        self._tree = names.Tree(self._model)
-        self.waiting = [name for name in self._choose() if name not in self._names]
-
-    def _layout_now(self) -> type[AbstractLayout]:
-        try:
-            return layout_class(self._model)
-        except UnsupportedModelError as error:
-            raise LayoutChangedError(
-                f"the model was wrapped after its average was built: {error}. {_REBUILD}"
-            ) from error
-
-    def _check_cuts(self, shards: list[Shard]) -> None:
         cuts = {shard.name: (shard.shape, shard.region) for shard in shards}
         for name in self._names:
             if cuts.get(name) != self._cuts[name]:
-                then, now = self._cuts[name], cuts.get(name, "gone")
+                then, here = self._cuts[name], cuts.get(name, "gone")
                 raise LayoutChangedError(
-                    f"parameter {name!r} was {then} when the average was built and is {now}: the model was wrapped, "
+                    f"parameter {name!r} was {then} when the average was built and is {here}: the model was wrapped, "
                     f"re-sharded or changed afterwards. {_REBUILD}"
                 )
+        self.all = shards
+        self._tree = names.Tree(self._model)
+        self.waiting = [name for name in self._choose() if name not in self._names]
 
     def admit(self) -> bool:
         """Let the waiting parameters join; whether there were any."""

@@ -97,18 +97,15 @@ class Tree:
         self._children = [module._modules for module in modules]
         self._slots: list[dict[str, Any]] = [module._parameters for module in modules]
         self._slots += [module._buffers for module in modules]
-        self._sizes = self._count()
+        self._sizes = [len(slots) for slots in (*self._children, *self._slots)]
         # A buffer registered as None and set by the first forward is a new key of `state_dict()`.
         self._unset = [(slots, key) for slots in self._slots for key in slots if dict.get(slots, key) is None]
         self._places = [(children, key, child) for children in self._children for key, child in children.items()]
 
-    def _count(self) -> list[int]:
-        return [*map(len, self._children), *map(len, self._slots)]
-
     def unchanged(self) -> bool:
         """Local and cheap: it is asked at every update."""
         return (
-            self._count() == self._sizes
+            [*map(len, self._children), *map(len, self._slots)] == self._sizes
             and all(children.get(key) is child for children, key, child in self._places)
             and all(dict.get(slots, key) is None for slots, key in self._unset)
         )

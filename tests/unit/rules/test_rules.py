@@ -33,7 +33,7 @@ def elementwise_product(averaged: torch.Tensor, current: torch.Tensor, num_avera
         (SWA(), get_swa_multi_avg_fn()),
         (CustomRule(avg_fn=get_ema_avg_fn(0.9)), None),
     ],
-    ids=repr,
+    ids=["ema 0.9", "ema 0.999", "ema 0.25", "swa", "avg_fn"],
 )
 def test_rule_equals_torch(rule, reference, dtype):
     """Bit for bit what torch.optim.swa_utils computes on the same tensors."""
@@ -115,7 +115,11 @@ def test_custom_rule_checks_what_the_function_returns(result):
     assert torch.equal(averages[0], torch.ones(3))
 
 
-@pytest.mark.parametrize("rule", [EMA(decay=0.5, warmup=True), SWA(), CustomRule(avg_fn=elementwise_product)], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [EMA(decay=0.5, warmup=True), SWA(), CustomRule(avg_fn=elementwise_product)],
+    ids=lambda rule: type(rule).__name__,
+)
 def test_rules_are_plain_frozen_values(rule):
     """P08, P41: rules can be pickled, compared, and not changed."""
     assert pickle.loads(pickle.dumps(rule)) == rule
