@@ -57,6 +57,9 @@ class ShardedAverage:
             alike. Parameters left out cost nothing; full states take them from the live model. A parameter that comes
             to be included later, because it was unfrozen, joins at the next update.
         schedule: which steps update; every one by default.
+        process_group: the ranks that hold equal copies of the model, where no engine says so: a plain module is then
+            divided among them as under DistributedDataParallel, and they save and load together. Without it, a model
+            that no engine connects belongs to its process alone. Refused where an engine names other ranks.
 
     On a device mesh smaller than the job, construction may make a process group of its ranks: all of them must call.
 
@@ -74,11 +77,12 @@ class ShardedAverage:
         buffers: str = "copy",
         include: Include | None = None,
         schedule: WhenFn | None = None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules, when = as_rules(rule), as_schedule(schedule)
         check_buffers(buffers)
         store = Store(tuple(rules), as_dtype(dtype), as_device(device))
-        members = Members(model, include, average_buffers=buffers == "average")
+        members = Members(model, include, average_buffers=buffers == "average", process_group=process_group)
         for shard in members.averaged:
             check_storage(shard.name, store.dtype_of(shard))
         self._state = State(members, rules, when, store)

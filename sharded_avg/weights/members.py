@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutChangedError, UnsupportedModelError
@@ -27,13 +28,20 @@ _REBUILD = "Build a new ShardedAverage from the model as it is now (and load() t
 class Members:
     """The shards of one model, as chosen by `include`."""
 
-    def __init__(self, model: nn.Module, include: Include | None, *, average_buffers: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Include | None,
+        *,
+        average_buffers: bool,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         if include is not None and not callable(include):
             raise ConfigError(f"include={include!r}: must be a callable (name, tensor) -> bool, or None")
         self._model = model
         self._include = include
         self._average_buffers = average_buffers
-        self.layout = detect(model)
+        self.layout = detect(model, process_group)
         self._tree = names.Tree(model)
         self.layout.release()
         self.all = self.layout.shards()

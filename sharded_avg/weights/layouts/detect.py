@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -18,17 +19,28 @@ from .zero import ZeroLayout, looks_like_zero
 LAYOUTS: tuple[type[AbstractLayout], ...] = (ZeroLayout, Fsdp1Layout, DTensorLayout, ReplicatedLayout)
 
 
-def detect(model: nn.Module) -> AbstractLayout:
+def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> AbstractLayout:
     """The layout of `model`: plain, DDP, FSDP, fully_shard'ed, tensor-parallel, or a DeepSpeedEngine.
 
-    Raises `ConfigError` for something that is no module, and `UnsupportedModelError`, with what to do, for a model
-    whose parameters are not there yet or belong to an engine that was not passed.
+    `process_group`: the ranks that hold the model together, where no engine says so.
+
+    Raises `ConfigError` for something that is no module and for a group that cannot be, and `UnsupportedModelError`,
+    with what to do, for a model whose parameters are not there yet or belong to an engine that was not passed.
     """
+    if process_group is not None:
+        _refuse_group(process_group)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module or a DeepSpeedEngine, not {type(model).__name__}")
     if not ZeroLayout.claims(model):
         _refuse_unfinished(model)
-    return layout_class(model)(model)
+    found = layout_class(model)
+    if process_group is None or found is not ReplicatedLayout:
+        layout = found(model)
+    else:
+        layout = ReplicatedLayout(model, process_group)
+    if process_group is not None:
+        _refuse_other_group(model, layout, process_group)
+    return layout
 
 
 def layout_class(model: nn.Module) -> type[AbstractLayout]:
@@ -57,3 +69,27 @@ def _refuse_unfinished(model: nn.Module) -> None:
                 f"{entry.name!r} is on the meta device and has no values: materialise the model (to_empty and load or "
                 "initialise its weights) before building the average"
             )
+
+
+def _refuse_group(process_group: object) -> None:
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ConfigError(
+            f"process_group: rank {dist.get_rank()} is not one of its ranks (torch.distributed.new_group gave it "
+            "GroupMember.NON_GROUP_MEMBER): build the average on the ranks of the group only, or pass None here"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ConfigError(
+            f"process_group={process_group!r}: must be a torch.distributed.ProcessGroup (what new_group() or a mesh's "
+            "get_group() returns; dist.group.WORLD for all ranks), or None"
+        )
+
+
+def _refuse_other_group(model: nn.Module, layout: AbstractLayout, process_group: dist.ProcessGroup) -> None:
+    """An engine knows best which ranks hold its model; a group of the same ranks is no contradiction."""
+    given = sorted(dist.get_process_group_ranks(process_group))
+    engines = sorted(dist.get_process_group_ranks(layout.group)) if layout.group is not None else []
+    if engines != given:
+        raise ConfigError(
+            f"process_group has the ranks {given}, but the engine of this {type(model).__name__} holds it "
+            f"together on {engines}: leave process_group out"
+        )

@@ -67,10 +67,10 @@ class ReplicatedLayout(AbstractLayout):
     """Whole parameters on every rank; with a `group` of several ranks, the averages are divided among them."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-        """`group`: the ranks with equal parameters; taken from DistributedDataParallel if not given."""
+        """`group`: the ranks with equal parameters, where there is no DistributedDataParallel that knows them."""
         super().__init__(names.unwrap(model))
         ddp = next((m for m in _outer(model) if isinstance(m, DistributedDataParallel)), None)
-        self._group = group if group is not None else ddp.process_group if ddp is not None else None
+        self._group = group if ddp is None else ddp.process_group
         self._entries, self._aliases = names.split_ties(names.entries(self.model))
         self._lines: list[list[list[Cut]]] = []
         self._seen: list[Tensor] = []
