@@ -21,7 +21,8 @@ from .errors import (
     SwapError,
     UnsupportedModelError,
 )
-from .evaluation.batch_norm import averaged_buffers, refreshed_batch_norm
+from .evaluation.batch_norm import refreshed_batch_norm
+from .evaluation.buffers import averaged_buffers
 from .formats.open import load_averaged_state_dict
 from .rules.base import AbstractRule
 from .rules.custom import CustomRule

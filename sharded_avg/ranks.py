@@ -2,6 +2,7 @@
 
     agree       every rank learns whether any rank failed, so that all of them raise or none does
     rendezvous  wait until every rank has come to the same point, or give up after a grace period
+    meeting     both: a rendezvous, and then an agreement, after a body that may itself communicate
 
 A function here is called by every rank of the group, in the same order, or by none.
 """
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from .errors import LayoutChangedError, PeerError
 
+RENDEZVOUS_GRACE_S = 30.0  # how long a rank that failed waits for the others before it shows its error
+PATIENCE_S = 1800.0  # one that did not: others may still be evaluating
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
 _ALL_HERE, _GAVE_UP = b"all here", b"gave up"
 _rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls of one group alike
@@ -31,6 +34,11 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
         _require_alive()
         return dist.get_rank(group)
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """`group`, or all ranks of the job where it is not given and there is a job."""
+    return dist.group.WORLD if group is None and dist.is_initialized() else group
 
 
 def size_of(group: dist.ProcessGroup | None) -> int:
@@ -85,6 +93,34 @@ def agree(group: dist.ProcessGroup | None, error: BaseException | None, doing: s
             )
     if error is not None:
         raise error
+
+
+def patience_s(error: BaseException | None) -> float:
+    """How long a rank waits for the others at the end of a body that each of them runs for itself."""
+    return PATIENCE_S if error is None else RENDEZVOUS_GRACE_S
+
+
+@contextmanager
+def meeting(group: dist.ProcessGroup | None, doing: str) -> Iterator[None]:
+    """Collective: all ranks must call. What the body does may fail on one rank: then all ranks raise.
+
+    Unlike `all_or_none`, for a body that may communicate: the others may be stuck in it because this rank failed, so a
+    rank with an error waits for them for a while only, and then lets its error be seen.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as failure:
+        error = failure
+    if rendezvous(group, grace_s=patience_s(error)):
+        agree(group, error, doing)
+    elif error is not None:
+        raise error
+    else:
+        raise PeerError(
+            f"another rank failed while {doing}, or did not come; this rank undid its part. The cause is in the "
+            "traceback of that rank"
+        )
 
 
 def rendezvous(group: dist.ProcessGroup | None, *, grace_s: float) -> bool:

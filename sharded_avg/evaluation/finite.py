@@ -38,15 +38,18 @@ def all_finite(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> bo
         answer = _FINITE if _finite_here(tensors) else _NOT_FINITE
     except BaseException as failure:
         answer, error = _FAILED, failure
-    worst = _minimum(answer, group)
+    if size_of(group) > 1:
+        worst = torch.tensor([answer], dtype=torch.int32, device=comm_device(group))
+        dist.all_reduce(worst, op=dist.ReduceOp.MIN, group=group)
+        answer = int(worst)
     if error is not None:
         raise error
-    if worst == _FAILED:
+    if answer == _FAILED:
         raise PeerError(
             "another rank failed while looking for NaN and infinity, so nothing is known about its values. The cause "
             "is in the traceback of that rank."
         )
-    return worst == _FINITE
+    return answer == _FINITE
 
 
 def _finite_here(tensors: Iterable[Tensor]) -> bool:
@@ -71,11 +74,3 @@ def _largest(tensors: list[Tensor]) -> Iterator[Tensor]:
                 yield flat[start : start + _CHUNK_NUMEL].float().abs().amax().double()
     else:
         yield from (norm.double() for norm in torch._foreach_norm(tensors, float("inf")))
-
-
-def _minimum(answer: int, group: dist.ProcessGroup | None) -> int:
-    if size_of(group) == 1:
-        return answer
-    flag = torch.tensor([answer], dtype=torch.int32, device=comm_device(group))
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
-    return int(flag)

@@ -16,7 +16,6 @@ from ..averages.state import State
 from ..errors import ConfigError
 from ..ranks import agree, all_or_none, rank_in
 from ..shard import Shard
-from ..weights.members import Members
 from .gather import Item, gather, scatter
 
 
@@ -38,7 +37,8 @@ def summoned(
         with all_or_none(group, "looking up full tensors"):
             members.layout.release()
             averaged = [_item(shard, state.average_of(name, shard)) for shard in members.averaged]
-            items = [*averaged, *_live(members)]
+            known = {item.name for item in averaged}
+            items = [*averaged, *(_item(shard, shard.tensor) for shard in members.all if shard.name not in known)]
         full = gather(group, items, rank0_only=rank0_only, device=torch.device("cpu") if offload_to_cpu else None)
     with all_or_none(group, "naming full tensors"):
         tensors = members.state(full) if keeps else {}
@@ -59,11 +59,6 @@ def summoned(
 
 def _item(shard: Shard, values: Tensor) -> Item:
     return Item(shard.name, shard.shape, shard.region, values)
-
-
-def _live(members: Members) -> list[Item]:
-    averaged = {shard.name for shard in members.averaged}
-    return [_item(shard, shard.tensor) for shard in members.all if shard.name not in averaged]
 
 
 def _misfit(tensors: Mapping[str, Any], averaged: list[Item]) -> ConfigError | None:

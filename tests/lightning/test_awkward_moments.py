@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sharded_avg import ShardedAverage, averager, load_averaged_state_dict
 from sharded_avg.errors import CheckpointError, PeerError, UnsupportedModelError
-from sharded_avg.exchange import handover, swap
+from sharded_avg.exchange import handover, ways
 from sharded_avg.lightning import EMAWeightAveraging, resuming, saving
 from sharded_avg.lightning.weights import Weights
 from sharded_avg.weights import aside as replaced
@@ -434,7 +434,7 @@ def test_signal_at_any_line(tmp_path: Path) -> None:
 @pytest.mark.own_processes
 def test_signal_in_the_middle_of_an_exchange(tmp_path: Path) -> None:
     """Where live weights, average and scratch are each half of something; the save comes when they are whole."""
-    copy, left = swap._InPlace._copy, [1]
+    copy, left = ways.InPlace._copy, [1]
 
     def copy_and_signal(way: Any, to: Any, source: Any, then: int) -> None:
         copy(way, to, source, then)
@@ -445,7 +445,7 @@ def test_signal_in_the_middle_of_an_exchange(tmp_path: Path) -> None:
     fitted = trainer(tmp_path, "single", [averaging()])
     listening = signal.signal(signal.SIGUSR1, lambda *_: fitted.save_checkpoint(tmp_path / "requeue.ckpt"))
     try:
-        with mock.patch.object(swap._InPlace, "_copy", copy_and_signal):
+        with mock.patch.object(ways.InPlace, "_copy", copy_and_signal):
             fitted.fit(model := module("single"))
     finally:
         signal.signal(signal.SIGUSR1, listening)

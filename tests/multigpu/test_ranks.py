@@ -12,9 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage
+from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage, ranks
 from sharded_avg.averages.store import Store
-from sharded_avg.exchange import swap
 from tests.helpers.pool import on_ranks
 
 
@@ -30,7 +29,7 @@ def test_ranks_in_time_and_late_when_one_gave_up():
     """One rank fails in the block and gives up, one leaves in time, one too late: all raise, none waits for a peer."""
     _, average = ddp(nn.Linear(3, 5))
     rank, began = dist.get_rank(), time.monotonic()
-    swap.RENDEZVOUS_GRACE_S, before = 1.0, swap.RENDEZVOUS_GRACE_S
+    ranks.RENDEZVOUS_GRACE_S, before = 1.0, ranks.RENDEZVOUS_GRACE_S
     try:
         with pytest.raises(RuntimeError if rank == 0 else PeerError), average.swapped():  # noqa: PT012
             if rank == 0:
@@ -38,7 +37,7 @@ def test_ranks_in_time_and_late_when_one_gave_up():
             if rank == 2:
                 time.sleep(2.0)
     finally:
-        swap.RENDEZVOUS_GRACE_S = before
+        ranks.RENDEZVOUS_GRACE_S = before
     assert time.monotonic() - began < 10.0
     dist.barrier()
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_avg import EMA, PeerError, ShardedAverage, SwapError
-from sharded_avg.exchange import swap
+from sharded_avg import EMA, PeerError, ShardedAverage, SwapError, ranks
+from sharded_avg.exchange import ways
 from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, run_row
 from tests.helpers.models import VARIANTS, batch
 from tests.helpers.pool import on_ranks
@@ -102,7 +102,7 @@ def failing(mode: FailAtCopy, *methods: str) -> Iterator[None]:
     """`mode` applies inside these methods of Exchange."""
 
     def wrapped(name: str) -> Callable[..., None]:
-        original = getattr(swap.Exchange, name)
+        original = getattr(ways.Exchange, name)
 
         def method(exchange: Any) -> None:
             with mode:
@@ -110,7 +110,7 @@ def failing(mode: FailAtCopy, *methods: str) -> Iterator[None]:
 
         return method
 
-    patches = [mock.patch.object(swap.Exchange, name, wrapped(name)) for name in methods]
+    patches = [mock.patch.object(ways.Exchange, name, wrapped(name)) for name in methods]
     for patch in patches:
         patch.start()
     try:
@@ -122,7 +122,7 @@ def failing(mode: FailAtCopy, *methods: str) -> Iterator[None]:
 
 def small_batches() -> Any:
     """Many batches of few elements, so that failures come at all places."""
-    return mock.patch.object(swap, "_CACHE_BYTES", 256)
+    return mock.patch.object(ways, "CACHE_BYTES", 256)
 
 
 def check_failed_enter(row: Row) -> None:
@@ -254,7 +254,7 @@ def check_lonely_failure(row: Row) -> None:
     lonely = dist.get_rank() == 1
     started = time.monotonic()
     expected = InjectedError if lonely else PeerError
-    with mock.patch.object(swap, "RENDEZVOUS_GRACE_S", 1.0), pytest.raises(expected) as caught:
+    with mock.patch.object(ranks, "RENDEZVOUS_GRACE_S", 1.0), pytest.raises(expected) as caught:
         fail_or_stay(average, stay_s=2.5)
     assert time.monotonic() - started < 10
     notes = getattr(caught.value, "__notes__", ["Restart from a checkpoint"])
@@ -288,10 +288,10 @@ def test_failure_of_one_rank_does_not_hang(row: str, world_size: int) -> None:
 # --- scratch, buffers, precision -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cache_bytes", [swap._CACHE_BYTES, swap.SCRATCH_BYTES], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("cache_bytes", [ways.CACHE_BYTES, ways.SCRATCH_BYTES], ids=["cpu", "gpu"])
 def test_scratch_is_bounded(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 MiB are exchanged through 64 MiB at most."""
-    monkeypatch.setattr(swap, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(ways, "CACHE_BYTES", cache_bytes)
     model = nn.Linear(5 << 10, 5 << 10, bias=False)
     average = ShardedAverage(model, EMA(decay=0.9))
     average.update()
