@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .averages.arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
 from .averages.state import State
-from .averages.store import Store
+from .averages.store import AverageDtype, Store
 from .errors import ConfigError
 from .evaluation.distance import distance
 from .evaluation.finite import live_is_finite
@@ -48,8 +48,9 @@ class ShardedAverage:
         model: a plain module, or one wrapped by DistributedDataParallel, FullyShardedDataParallel, fully_shard or
             tensor parallelism, or a DeepSpeedEngine. Build the average after the last wrapping.
         rule: a rule, or a mapping of names to rules; a single rule is the average named "average".
-        dtype: storage of the average. fp32 by default, because a bf16 average of small steps stands still; `None`
-            keeps each parameter's own.
+        dtype: storage of the average. By default, "auto", fp32, because a bf16 average of small steps stands still,
+            or a parameter's own dtype where that is wider (float64, complex128). `None` is each parameter's own. A
+            dtype that is narrower than the weights' is taken at its word: the average is rounded to it.
         device: `None` is where each shard lives; "cpu" is host memory, pinned if shards live on a GPU.
         buffers: "copy" uses the live buffers; "average" averages floating-point persistent buffers, each rank its own.
         include: `include(name, tensor) -> bool` chooses parameters; by default those that require grad. It is called
@@ -72,7 +73,7 @@ class ShardedAverage:
         model: nn.Module,
         rule: AbstractRule | Mapping[str, AbstractRule],
         *,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: AverageDtype = "auto",
         device: torch.device | str | None = None,
         buffers: str = "copy",
         include: Include | None = None,

@@ -9,6 +9,7 @@ import torch
 from ..errors import ConfigError
 from ..rules.base import AbstractRule
 from ..rules.schedule import Schedule, WhenFn
+from .store import AverageDtype
 
 DEFAULT_NAME = "average"
 MANIFEST_KEY = "manifest"  # stands beside the averages' names in a state dict
@@ -49,13 +50,15 @@ def as_schedule(schedule: WhenFn | None) -> WhenFn:
     return schedule
 
 
-def as_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype, of which complex parameters take the complex one, or `None` for each parameter's own."""
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+def as_dtype(dtype: AverageDtype) -> AverageDtype:
+    """As it is given; complex parameters take the complex dtype of a floating-point one."""
+    if dtype is None or dtype == "auto":
+        return dtype
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
         return dtype
     raise ConfigError(
         f"dtype={dtype!r}: averages are stored in a floating-point dtype of at least 16 bits, for example "
-        "torch.float32, or None for each parameter's own"
+        'torch.float32; "auto" is float32, or a parameter\'s own where that is wider'
     )
 
 

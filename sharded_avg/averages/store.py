@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..shard import Shard
 from ..tensors import Row, chunk_numel, coalesce, is_dense, pack
 
 Key = tuple[torch.device, torch.dtype]
+AverageDtype = torch.dtype | Literal["auto"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,11 @@ class Batch:
 class Store:
     """The averaged shards of one or several averages on this rank.
 
-    `dtype`: of the averages; `None` keeps each shard's own. `device`: `None` is where the shard lives.
+    `dtype`: of the averages; "auto" is float32, or a shard's own where that is wider, and `None` each shard's own.
+    `device`: `None` is where the shard lives.
     """
 
-    def __init__(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device | None) -> None:
+    def __init__(self, names: Sequence[str], dtype: AverageDtype, device: torch.device | None) -> None:
         self.names = tuple(names)
         self._dtype = dtype
         self._device = device
@@ -80,8 +83,12 @@ class Store:
 
     def dtype_of(self, shard: Shard) -> torch.dtype:
         """The dtype in which a shard is averaged; complex parameters stay complex."""
-        dtype = self._dtype or shard.dtype
-        return dtype.to_complex() if shard.dtype.is_complex and not dtype.is_complex else dtype
+        own = shard.dtype
+        if self._dtype == "auto":
+            # torch promotes no 8-bit floats.
+            return torch.promote_types(own, torch.float32) if own.itemsize > 1 else torch.float32
+        dtype = self._dtype or own
+        return dtype.to_complex() if own.is_complex and not dtype.is_complex else dtype
 
     def _key(self, shard: Shard) -> Key:
         return self._device or shard.tensor.device, self.dtype_of(shard)

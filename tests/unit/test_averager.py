@@ -127,6 +127,50 @@ def test_bf16_weights_have_an_fp32_average():
     assert (expected > 1.004).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.complex64, torch.float32, torch.bfloat16])
+def test_never_narrower_than_the_weights(dtype):
+    """R08: by default float64 weights have a float64 average, whose bits are torch's own."""
+    model = nn.ParameterDict({"w": nn.Parameter(torch.randn(5, 3, dtype=torch.float64).div(3).to(dtype))})
+    average = ShardedAverage(model, EMA(decay=0.9))
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = model["w"].detach().to(wide, copy=True)
+    average.update()
+    for _ in range(4):
+        with torch.no_grad():
+            model["w"].mul_(1.1)
+        average.update()
+        expected.lerp_(model["w"].detach().to(wide), 1 - 0.9)
+    assert average.nbytes == 15 * wide.itemsize
+    with average.summon_full_params() as full:
+        assert full["w"].dtype == wide
+        assert torch.equal(full["w"], expected)
+    raw = model["w"].detach().clone()
+    with average.swapped():
+        assert torch.equal(model["w"], expected.to(dtype))
+    assert torch.equal(model["w"], raw)
+
+
+def test_each_parameter_is_as_wide_as_it_is():
+    """R08: in one model, and when a model is widened between updates, nothing that the average had is lost."""
+    model = nn.ParameterList([torch.ones(3, dtype=dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)])
+    average = ShardedAverage(model, SWA())
+    average.update()
+    assert average.nbytes == 3 * (8 + 4 + 4)
+    model.double()
+    average.update()
+    assert average.nbytes == 3 * 3 * 8
+
+
+def test_a_narrower_dtype_is_taken_at_its_word():
+    """R08: who asks for less gets it."""
+    model = nn.Linear(3, 5).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        average = ShardedAverage(model, SWA(), dtype=dtype)
+        average.update()
+        with average.summon_full_params() as full:
+            assert torch.equal(full["weight"], model.weight.detach().to(dtype))
+
+
 def test_own_dtype_on_request():
     model = nn.Linear(3, 5).to(torch.bfloat16)
     average = ShardedAverage(model, SWA(), dtype=None)

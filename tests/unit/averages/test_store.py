@@ -175,7 +175,7 @@ MOVES = [
 def test_follows_a_model_that_moves(make: Callable[[], nn.Module], move: Callable[[nn.Module], None]) -> None:
     """`model.to(...)`, `param.data = ...` and new parameters between updates, and back again."""
     model = make()
-    average, reference = ShardedAverage(model, RULES), Reference(model, torch.float32)
+    average, reference = ShardedAverage(model, RULES, dtype=torch.float32), Reference(model, torch.float32)
     for change in (None, move, None, _new_memory, move):
         step(model)
         if change is not None:
