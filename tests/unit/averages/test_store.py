@@ -199,7 +199,7 @@ def test_custom_rules_see_every_element_once(make: Callable[[], nn.Module]) -> N
 
     model = make()
     rules = {"one": CustomRule(avg_fn=avg_fn), "many": CustomRule(multi_avg_fn=multi_avg_fn)}
-    average = ShardedAverage(model, rules)
+    average = ShardedAverage(model, rules, dtype=torch.float32)
     average.update()
     ones = {key: value.detach().float() for key, value in copy.deepcopy(model).named_parameters()}
     manys = dict(ones)
