@@ -36,16 +36,22 @@ class Entry:
         return value
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The user's module inside any number of wrappers."""
+def wrappers(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and what it wraps, down to the user's own, which is the last."""
     while True:
+        yield module
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
             continue
         inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
         if inner is None:
-            return module
+            return
         module = inner
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside any number of wrappers."""
+    return list(wrappers(module))[-1]
 
 
 def clean(key: str) -> str:

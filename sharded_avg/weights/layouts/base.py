@@ -31,15 +31,15 @@ class AbstractLayout(ABC):
     - names are clean, and tied tensors appear once, under their first name in `state_dict()` order.
     """
 
+    model: nn.Module  # the user's own, unwrapped where wrappers hide its names
+    group: dist.ProcessGroup | None = None  # the ranks that hold the model together; None: each process holds all of it
+    aliases: Mapping[str, str]  # second and further names of tied tensors -> their Shard's name; set by `shards()`
+    publishes = False  # whether `publish` communicates
     has_stale_replicas = False  # a swap ended without the other ranks: their parts of this rank's copy are averages
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    @property
     @abstractmethod
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks that hold the model together; `None` where each process holds all of it."""
+    def __init__(self, model: nn.Module) -> None:
+        """Raises `UnsupportedModelError` for what cannot be averaged. Local, but for a group that must be made."""
 
     @classmethod
     @abstractmethod
@@ -57,11 +57,6 @@ class AbstractLayout(ABC):
         Called at every update: keep it cheap.
         """
 
-    @property
-    @abstractmethod
-    def aliases(self) -> Mapping[str, str]:
-        """Second and further names of tied tensors -> the name that their Shard has. Valid after `shards()`."""
-
     def adopt(self, averaged: Iterable[str]) -> None:
         """Learn which parameters are averaged from now on, in the same order on every rank; later calls add more.
 
@@ -72,15 +67,13 @@ class AbstractLayout(ABC):
         """Drop unsharded copies that a forward left behind, so that the next forward reads the shards."""
 
     def publish(self) -> None:
-        """Collective: all ranks must call. Spread what ranks wrote into their `Shard.target` to every replica."""
+        """Collective: all ranks must call. Spread what ranks wrote into their `Shard.target` to every replica.
+
+        A layout in which this communicates sets `publishes`.
+        """
 
     def publish_masters(self) -> None:
         """Collective: all ranks must call. Spread what ranks wrote into masters, where several ranks keep the same."""
-
-    @property
-    def publishes(self) -> bool:
-        """Whether `publish` communicates."""
-        return False
 
     def step_was_skipped(self) -> bool:
         """Whether the engine's last `step()` changed no weights (overflow, or inside gradient accumulation)."""

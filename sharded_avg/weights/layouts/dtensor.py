@@ -14,7 +14,6 @@ with the torch version's name if they are not there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import is_
 from typing import Any
 
@@ -119,23 +118,15 @@ class DTensorLayout(AbstractLayout):
     """DTensor parameters, and plain ones that every rank holds whole."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(names.unwrap(model))
+        self.model = names.unwrap(model)
         self._fsdp = _fsdp_modules(model)
         self.release()
         self._index()
-        self._group = self._find_group()
+        self.group = self._find_group()
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
         return any(isinstance(p, DTensor) for p in model.parameters()) or bool(_fsdp_modules(model))
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return self._group
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._aliases
 
     def _index(self) -> None:
         """Find every tensor's slot, and for a fully_shard'ed one the FSDPParam that keeps the DTensor."""
@@ -144,7 +135,7 @@ class DTensorLayout(AbstractLayout):
             for module in self._fsdp
             for param in _fsdp_params(module)
         }
-        self._entries, self._aliases = names.split_ties(names.entries(self.model))
+        self._entries, self.aliases = names.split_ties(names.entries(self.model))
         keys = [(id(entry.slot), entry.key) for entry in self._entries]
         self._owners = [self._params.get(key) for key in keys]
 
@@ -175,15 +166,12 @@ class DTensorLayout(AbstractLayout):
     def shards(self) -> list[Shard]:
         self._index()
         self._seen = self._tensors()
+        self._here = [tensor for tensor in self._seen if tensor is not None]
         shards = [
             _shard(entry, tensor) for entry, tensor in zip(self._entries, self._seen, strict=True) if tensor is not None
         ]
-        self._remember()
-        return shards
-
-    def _remember(self) -> None:
-        self._here = [tensor for tensor in self._seen if tensor is not None]
         self._pointers, self._flags = addresses(map(_local, self._here)), trainable(self._here)
+        return shards
 
     def is_current(self) -> bool:
         return (

@@ -113,7 +113,7 @@ class Fsdp1Layout(AbstractLayout):
 
     def __init__(self, model: nn.Module) -> None:
         """Raises `UnsupportedModelError` for what cannot be cut, `EngineVersionError` for an unknown torch."""
-        super().__init__(model)
+        self.model = model
         self._seen_units: list[tuple[_Unit, int, tuple[bool, ...]]] = []
         self._seen_others: list[tuple[names.Entry, Tensor, int, bool]] = []
         self.shards()
@@ -123,29 +123,21 @@ class Fsdp1Layout(AbstractLayout):
         """Whether any module in `model` is a FullyShardedDataParallel."""
         return "torch.distributed.fsdp" in sys.modules and any(_wrappers(model))
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The default group if all its ranks hold the model, otherwise the group that FSDP was given."""
-        return _common_group(self._units)
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        """Second and further names of tied tensors -> the name that their Shard has."""
-        return self._aliases
-
     def shards(self) -> list[Shard]:
         """This rank's live pieces: flat parameters in memory order, then what FSDP does not manage, then buffers."""
         _refuse_other_engines(self.model)
         self._units = _find_units(self.model)
-        _common_group(self._units)
+        self.group = _common_group(self._units)
         first: dict[tuple[int, int], names.Entry] = {}
-        self._aliases: dict[str, str] = {}
+        self.aliases = aliases = {}
         for entry, identity in ((key.entry, key.identity) for key in self._keys()):
             if first.setdefault(identity, entry) is not entry:
-                self._aliases[entry.name] = first[identity].name
+                aliases[entry.name] = first[identity].name
         others = [entry for (unit, _), entry in first.items() if unit < 0]
         others.sort(key=lambda entry: entry.is_buffer)
-        self._remember(others)
+        self._seen_units = [(unit, unit.local.data_ptr(), unit.requires_grad) for unit in self._units]
+        tensors = [(entry, entry.tensor) for entry in others]
+        self._seen_others = [(entry, tensor, tensor.data_ptr(), tensor.requires_grad) for entry, tensor in tensors]
         managed = [shard for number, unit in enumerate(self._units) for shard in _cut(number, unit, first)]
         return managed + [_whole(entry) for entry in others]
 
@@ -189,11 +181,6 @@ class Fsdp1Layout(AbstractLayout):
                 if value is not None and key not in module._non_persistent_buffers_set:
                     found.append(_Key(names.Entry(prefix + key, module._buffers, key, is_buffer=True), None))
         return found
-
-    def _remember(self, others: list[names.Entry]) -> None:
-        self._seen_units = [(unit, unit.local.data_ptr(), unit.requires_grad) for unit in self._units]
-        tensors = [(entry, entry.tensor) for entry in others]
-        self._seen_others = [(entry, tensor, tensor.data_ptr(), tensor.requires_grad) for entry, tensor in tensors]
 
 
 def _wrappers(model: nn.Module) -> Iterator[Any]:
@@ -249,13 +236,6 @@ def _cut(number: int, unit: _Unit, first: Mapping[tuple[int, int], names.Entry])
         else:
             region, piece = Interval(0, 0), local.narrow(0, 0, 0)
         yield Shard(entry.name, torch.Size(shape), region, piece, trainable=trainable)
-
-
-def _whole(entry: names.Entry) -> Shard:
-    _refuse_other(entry)
-    tensor, region = entry.tensor, Box.whole(entry.tensor.shape)
-    trainable, is_buffer = tensor.requires_grad, entry.is_buffer
-    return Shard(entry.name, tensor.shape, region, tensor.detach(), trainable=trainable, is_buffer=is_buffer)
 
 
 def _release(unit: _Unit) -> None:
@@ -350,7 +330,7 @@ def _refuse_pieces(unit: _Unit) -> None:
             )
 
 
-def _refuse_other(entry: names.Entry) -> None:
+def _whole(entry: names.Entry) -> Shard:
     """What FSDP does not manage is kept whole; refuse what is not whole, or belongs to someone else."""
     tensor: Any = entry.tensor
     if getattr(tensor, "_is_flat_param", False) or getattr(tensor, "_fsdp_flattened", False):
@@ -365,6 +345,8 @@ def _refuse_other(entry: names.Entry) -> None:
         )
     if tensor.device.type == "meta":
         raise UnsupportedModelError(f"{entry.name!r} is on the meta device: initialise it before averaging the model")
+    trainable, is_buffer = tensor.requires_grad, entry.is_buffer
+    return Shard(entry.name, tensor.shape, Box.whole(tensor.shape), tensor.detach(), None, trainable, is_buffer)
 
 
 def _common_group(units: list[_Unit]) -> dist.ProcessGroup:

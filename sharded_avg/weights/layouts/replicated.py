@@ -68,28 +68,17 @@ class ReplicatedLayout(AbstractLayout):
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         """`group`: the ranks with equal parameters, where there is no DistributedDataParallel that knows them."""
-        super().__init__(names.unwrap(model))
-        ddp = next((m for m in _outer(model) if isinstance(m, DistributedDataParallel)), None)
-        self._group = group if ddp is None else ddp.process_group
-        self._entries, self._aliases = names.split_ties(names.entries(self.model))
+        self.model = names.unwrap(model)
+        ddp = next((m for m in names.wrappers(model) if isinstance(m, DistributedDataParallel)), None)
+        self.group = group if ddp is None else ddp.process_group
+        self.publishes = size_of(self.group) > 1
+        self._entries, self.aliases = names.split_ties(names.entries(self.model))
         self._lines: list[list[list[Cut]]] = []
         self._seen: list[Tensor] = []
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
         return True
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        return self._group
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._aliases
-
-    @property
-    def publishes(self) -> bool:
-        return size_of(self._group) > 1
 
     def adopt(self, averaged: Iterable[str]) -> None:
         if not self.publishes:
@@ -100,13 +89,17 @@ class ReplicatedLayout(AbstractLayout):
             if entry.name in wanted and not entry.is_buffer and entry.tensor.numel():
                 key = (entry.tensor.device, entry.tensor.dtype)
                 lines.setdefault(key, []).append((entry.name, entry.tensor))
-        self._lines += [cut_line(params, size_of(self._group)) for params in lines.values()]
+        self._lines += [cut_line(params, size_of(self.group)) for params in lines.values()]
 
     def shards(self) -> list[Shard]:
-        self._entries, self._aliases = names.split_ties(names.entries(self.model))
+        self._entries, self.aliases = names.split_ties(names.entries(self.model))
         regions = self._regions()
-        self._remember()
-        return [self._shard(entry, regions) for entry in self._entries]
+        shards = [_shard(entry, regions) for entry in self._entries]
+        self._slots = [entry.slot for entry in self._entries]
+        self._keys = [entry.key for entry in self._entries]
+        self._seen = [entry.tensor for entry in self._entries]
+        self._pointers, self._flags = addresses(self._seen), trainable(self._seen)
+        return shards
 
     def _regions(self) -> dict[str, Region]:
         """My region of each divided parameter; an empty one where other ranks have it all."""
@@ -114,31 +107,11 @@ class ReplicatedLayout(AbstractLayout):
         for line in self._lines:
             for rank, cuts in enumerate(line):
                 for cut in cuts:
-                    if rank == rank_in(self._group):
+                    if rank == rank_in(self.group):
                         mine[cut.name] = cut.region
                     else:
                         mine.setdefault(cut.name, Interval(0, 0))
         return mine
-
-    def _shard(self, entry: names.Entry, regions: dict[str, Region]) -> Shard:
-        tensor = entry.tensor
-        region = regions.get(entry.name, Box.whole(tensor.shape))
-        if isinstance(region, Interval) and not region.numel:
-            live = tensor.new_empty(0)
-        elif isinstance(region, Interval) and not tensor.is_contiguous():
-            raise UnsupportedModelError(
-                f"parameter {entry.name!r} was row-major when its average was cut over the ranks and is no longer "
-                f"(strides {tensor.stride()}); change the memory format before building the average"
-            )
-        else:
-            live = piece(tensor.detach(), region)
-        return Shard(entry.name, tensor.shape, region, live, trainable=tensor.requires_grad, is_buffer=entry.is_buffer)
-
-    def _remember(self) -> None:
-        self._slots = [entry.slot for entry in self._entries]
-        self._keys = [entry.key for entry in self._entries]
-        self._seen = [entry.tensor for entry in self._entries]
-        self._pointers, self._flags = addresses(self._seen), trainable(self._seen)
 
     def is_current(self) -> bool:
         # Loops that run in C: with thousands of small parameters this is a good part of an update.
@@ -154,17 +127,22 @@ class ReplicatedLayout(AbstractLayout):
         live: dict[str, Tensor] = {e.name: e.tensor.detach() for e in self._entries}
         for line in self._lines:
             for round_ in _rounds(line, live):
-                _all_gather(self._group, round_, live)
+                _all_gather(self.group, round_, live)
 
 
-def _outer(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` and the modules that wrap each other down to the user's own."""
-    inner = names.unwrap(model)
-    while True:
-        yield model
-        if model is inner:
-            return
-        model = next(iter(model._modules.values()))  # type: ignore[assignment]
+def _shard(entry: names.Entry, regions: dict[str, Region]) -> Shard:
+    tensor = entry.tensor
+    region = regions.get(entry.name, Box.whole(tensor.shape))
+    if isinstance(region, Interval) and not region.numel:
+        live = tensor.new_empty(0)
+    elif isinstance(region, Interval) and not tensor.is_contiguous():
+        raise UnsupportedModelError(
+            f"parameter {entry.name!r} was row-major when its average was cut over the ranks and is no longer "
+            f"(strides {tensor.stride()}); change the memory format before building the average"
+        )
+    else:
+        live = piece(tensor.detach(), region)
+    return Shard(entry.name, tensor.shape, region, live, trainable=tensor.requires_grad, is_buffer=entry.is_buffer)
 
 
 def _rounds(line: list[list[Cut]], live: Mapping[str, Tensor]) -> Iterator[list[list[Cut]]]:
@@ -177,24 +155,23 @@ def _rounds(line: list[list[Cut]], live: Mapping[str, Tensor]) -> Iterator[list[
 
 
 def _in_groups(cuts: list[Cut], limit: int) -> Iterator[list[Cut]]:
+    """Cuts of at most `limit` elements together; a long Interval is divided, what is not row-major stays whole."""
     group: list[Cut] = []
     size = 0
-    for cut in (part for whole in cuts for part in _parts(whole, limit)):
-        if group and size + cut.region.numel > limit:
-            yield group
-            group, size = [], 0
-        group.append(cut)
-        size += cut.region.numel
+    for cut in cuts:
+        step = cut.region.numel if isinstance(cut.region, Box) else limit
+        for start in range(0, cut.region.numel, step):
+            part = cut
+            if isinstance(cut.region, Interval):
+                begin = cut.region.start + start
+                part = Cut(cut.name, Interval(begin, min(begin + limit, cut.region.stop)))
+            if group and size + part.region.numel > limit:
+                yield group
+                group, size = [], 0
+            group.append(part)
+            size += part.region.numel
     if group:
         yield group
-
-
-def _parts(cut: Cut, limit: int) -> Iterator[Cut]:
-    if isinstance(cut.region, Box):
-        yield cut
-        return
-    for start in range(cut.region.start, cut.region.stop, limit):
-        yield Cut(cut.name, Interval(start, min(start + limit, cut.region.stop)))
 
 
 def _all_gather(group: dist.ProcessGroup | None, round_: list[list[Cut]], live: dict[str, Any]) -> None:

@@ -89,25 +89,11 @@ def writes_checkpoints(engine: Any) -> bool:
     return not is_a(engine, "DeepSpeedEngine") or need(engine, "checkpoint_engine") is not None
 
 
-def _on_nvme(engine: Any) -> bool:
-    return bool(getattr(engine.optimizer, "swap_optimizer", False)) or bool(
-        getattr(engine.optimizer, "params_in_nvme_and_cpu", False)
-    )
-
-
-def _quantized(engine: Any) -> bool:
-    return any(hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale") for param in engine.module.parameters())
-
-
 def _unknown_optimizer(engine: Any) -> bool:
     optimizer = engine.optimizer
     if never_steps(engine):
         return False
     return not kind(optimizer) and (engine.zero_optimization_stage() > 0 or is_a(optimizer, "DeepSpeedOptimizer"))
-
-
-def _deep_compiled(engine: Any) -> bool:
-    return bool(getattr(engine, "is_deepcompile_active", bool)())
 
 
 # (whether it is so, what and why, what to do); asked in this order
@@ -140,7 +126,7 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "turn zero_optimization.zenflow and offload_optimizer.super_offload off",
     ),
     (
-        _on_nvme,
+        lambda engine: any(getattr(engine.optimizer, n, False) for n in ("swap_optimizer", "params_in_nvme_and_cpu")),
         "its fp32 masters or weights are swapped to NVMe and cannot be read in place",
         'use {"device": "cpu"} for offload_optimizer and offload_param',
     ),
@@ -150,11 +136,17 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "use ZeRO 3, perhaps with zero_hpz_partition_size",
     ),
     (
-        _quantized,
+        lambda engine: any(
+            hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale") for param in engine.module.parameters()
+        ),
         "frozen weights are stored quantized (zero_quantized_nontrainable_weights)",
         "turn that option off",
     ),
-    (_deep_compiled, "DeepCompile gathers parameters in compiled code that cannot be told to forget", "turn it off"),
+    (
+        lambda engine: bool(getattr(engine, "is_deepcompile_active", bool)()),
+        "DeepCompile gathers parameters in compiled code that cannot be told to forget",
+        "turn it off",
+    ),
     (
         _unknown_optimizer,
         "its optimizer class is not known here, so the masters cannot be found",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ....errors import LayoutChangedError, UnsupportedModelError
 from ....shard import Box, Shard
@@ -28,24 +27,15 @@ class ZeroLayout(AbstractLayout):
 
     def __init__(self, engine: Any) -> None:
         refuse(engine)
-        super().__init__(need(engine, "module"))
-        self._engine = engine
-        self._group = need(engine, "seq_data_parallel_group")
-        self._weights = _weights_of(engine, self._group)
-        self._entries: list[tuple[names.Entry, Tensor]] = []
-        self._homes: list[Tensor] = []
-        self._pointers: list[int] = []
-        self._aliases: dict[str, str] = {}
+        self._engine, self.model = engine, need(engine, "module")
+        self.group: dist.ProcessGroup = need(engine, "seq_data_parallel_group")  # data parallel x sequence parallel
+        in_parts = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
+        self._weights: AbstractWeights = Partitioned(engine) if in_parts else Replicated(engine, self.group)
+        self.publishes = in_parts or dist.get_world_size(self.group) > 1
         if reason := self._out_of_reach():
             raise UnsupportedModelError(reason)
         self.shards()  # a missing attribute is noticed now, not at the first update
         need(engine, "was_step_applied")
-
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The ranks that divide the masters: data parallel, times sequence parallel."""
-        group: dist.ProcessGroup = self._group
-        return group
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
@@ -60,12 +50,14 @@ class ZeroLayout(AbstractLayout):
         if reason := self._out_of_reach():
             raise LayoutChangedError(reason)
         entries = names.entries(self.model)
-        unique, self._aliases = names.split_ties(entries)
+        unique, self.aliases = names.split_ties(entries)
         pieces = {id(piece.param): piece for piece in self._weights.pieces()}
         order = {key: index for index, key in enumerate(pieces)}
         unique.sort(key=lambda entry: order.get(id(entry.tensor), len(order)))
         shards = [_shard(entry, pieces.get(id(entry.tensor))) for entry in unique]
-        self._remember(entries)
+        self._entries = [(entry, entry.tensor) for entry in entries]
+        self._homes = [getattr(tensor, "ds_tensor", tensor) for _, tensor in self._entries]
+        self._seen = self._now()
         return shards
 
     def _out_of_reach(self) -> str | None:
@@ -79,27 +71,16 @@ class ZeroLayout(AbstractLayout):
             )
         return None
 
-    def _remember(self, entries: list[names.Entry]) -> None:
-        self._entries = [(entry, entry.tensor) for entry in entries]
-        self._homes = [getattr(tensor, "ds_tensor", tensor) for _, tensor in self._entries]
-        self._pointers, self._flags = self._places(), self._trained()
-
-    def _places(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in (*self._weights.buffers(), *self._homes)]
-
-    def _trained(self) -> list[bool]:
-        return trainable(tensor for _, tensor in self._entries)
+    def _now(self) -> tuple[list[int], list[bool]]:
+        """Where masters and weights lie, and which are trained."""
+        places = [tensor.data_ptr() for tensor in (*self._weights.buffers(), *self._homes)]
+        return places, trainable(tensor for _, tensor in self._entries)
 
     def is_current(self) -> bool:
         """Whether names, masters and weights are still where the last `shards()` found them."""
         # dict.get: under stage 3 the slots gather what they return while a forward runs
         same = all(dict.get(entry.slot, entry.key) is tensor for entry, tensor in self._entries)
-        unmoved = same and self._pointers == self._places() and self._flags == self._trained()
-        return unmoved and self._weights.alive()
-
-    @property
-    def aliases(self) -> Mapping[str, str]:
-        return self._aliases
+        return same and self._seen == self._now() and self._weights.alive()
 
     def release(self) -> None:
         """Stage 3: free the gathered copies that a forward without backward left behind."""
@@ -112,11 +93,6 @@ class ZeroLayout(AbstractLayout):
     def publish_masters(self) -> None:
         """Collective: all ranks must call. Stage 0 keeps whole masters on every rank, which averages them in parts."""
         self._weights.publish_masters()
-
-    @property
-    def publishes(self) -> bool:
-        """Whether `publish` must be called: always in stage 3, elsewhere with more than one rank."""
-        return isinstance(self._weights, Partitioned) or dist.get_world_size(self._group) > 1
 
     def step_was_skipped(self) -> bool:
         """Whether the last `engine.step()` was inside gradient accumulation, or an fp16 overflow.
@@ -138,8 +114,3 @@ def _shard(entry: names.Entry, piece: Piece | None) -> Shard:
     whole = Box.whole(tensor.shape)
     trainable = tensor.requires_grad and not entry.is_buffer
     return Shard(entry.name, tensor.shape, whole, tensor.detach(), None, trainable, entry.is_buffer)
-
-
-def _weights_of(engine: Any, group: dist.ProcessGroup) -> AbstractWeights:
-    partitioned = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
-    return Partitioned(engine) if partitioned else Replicated(engine, group)

@@ -38,7 +38,12 @@ class Partitioned(AbstractWeights):
                 need(param, name)
 
     def pieces(self) -> list[Piece]:
-        self._refuse_late()
+        late = [tuple(param.shape) for param in self._engine.module.parameters() if not hasattr(param, "ds_id")]
+        if late:
+            raise UnsupportedModelError(
+                f"{len(late)} parameters (shapes {late[:3]}) were added to the module after deepspeed.initialize, so "
+                "ZeRO-3 neither partitions nor trains them; add modules and adapters first, then initialize the engine"
+            )
         pieces, mastered = [], set()
         for params, weights, master in self._groups():
             aliased, offset = weights.data_ptr() == master.data_ptr(), 0
@@ -73,14 +78,6 @@ class Partitioned(AbstractWeights):
 
     def _params(self) -> list[Any]:
         return [param for param in self._engine.module.parameters() if hasattr(param, "ds_id")]
-
-    def _refuse_late(self) -> None:
-        late = [tuple(param.shape) for param in self._engine.module.parameters() if not hasattr(param, "ds_id")]
-        if late:
-            raise UnsupportedModelError(
-                f"{len(late)} parameters (shapes {late[:3]}) were added to the module after deepspeed.initialize, so "
-                "ZeRO-3 neither partitions nor trains them; add modules and adapters first, then initialize the engine"
-            )
 
     def _groups(self) -> Iterator[tuple[list[Any], Tensor, Tensor]]:
         if never_steps(self._engine):

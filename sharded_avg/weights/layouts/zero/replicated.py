@@ -26,9 +26,10 @@ class Replicated(AbstractWeights):
 
     def pieces(self) -> list[Piece]:
         pieces = [piece for run in self._runs() for piece in run.pieces(self._rank)]
-        for param, master in self._uncut():
-            whole, alone = Box.whole(param.shape), master is param
-            pieces.append(Piece(param, param.shape, whole, master.detach(), None if alone else param.detach()))
+        for _, param, master in self._loose():
+            if not _is_row_major(param, master):  # no Interval of it is a view: each rank keeps all of it
+                whole, alone = Box.whole(param.shape), master is param
+                pieces.append(Piece(param, param.shape, whole, master.detach(), None if alone else param.detach()))
         return pieces
 
     def buffers(self) -> list[Tensor]:
@@ -44,9 +45,6 @@ class Replicated(AbstractWeights):
         if any(getattr(param, "_hp_mapping", None) is not None for group in groups for param in group):
             return True
         return not any(piece.region.numel for piece in self.pieces())
-
-    def release(self) -> None:
-        pass  # forward reads the weights themselves
 
     def publish(self) -> None:
         if self._world_size > 1:
@@ -64,15 +62,14 @@ class Replicated(AbstractWeights):
     def _runs(self) -> list[Run]:
         optimizer = self._engine.optimizer
         if (known := kind(optimizer)) in FLAT_ATTRIBUTES:
-            lists = (need(optimizer, name) for name in FLAT_ATTRIBUTES[known])
-            return [self._flat_run(*group) for group in zip(*lists, strict=True)]
+            runs = []
+            for params, flat, master in zip(*(need(optimizer, name) for name in FLAT_ATTRIBUTES[known]), strict=True):
+                stretch = -(-flat.numel() // self._world_size)
+                begin = 0 if master.numel() == flat.numel() else self._rank * stretch
+                places = sorted(((param, _place(param, flat)) for param in params), key=lambda pair: pair[1])
+                runs.append(Run(places, [Span(0, flat.detach())], [Span(begin, master.detach().view(-1))], stretch))
+            return runs
         return list(self._loose_runs())
-
-    def _flat_run(self, params: list[nn.Parameter], flat: Tensor, master: Tensor) -> Run:
-        stretch = -(-flat.numel() // self._world_size)
-        begin = 0 if master.numel() == flat.numel() else self._rank * stretch
-        places = sorted(((param, _place(param, flat)) for param in params), key=lambda pair: pair[1])
-        return Run(places, [Span(0, flat.detach())], [Span(begin, master.detach().view(-1))], stretch)
 
     def _loose_runs(self) -> Iterator[Run]:
         """Stage 0 without flat weights: one Run for each parameter group, dtype and device.
@@ -91,10 +88,6 @@ class Replicated(AbstractWeights):
             alone = all(master is param for param, master in pairs)
             places = [(param, begin) for begin, (param, _) in zip(begins, pairs, strict=True)]
             yield Run(places, live, live if alone else masters, -(-total // self._world_size))
-
-    def _uncut(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Weights in another memory format than row-major: no Interval of theirs is a view, so each rank keeps them."""
-        return ((param, master) for _, param, master in self._loose() if not _is_row_major(param, master))
 
     def _loose(self) -> Iterator[tuple[int, nn.Parameter, Tensor]]:
         """Group, parameter and master of every trained parameter that lies by itself; in fp32 it is its own master."""
