@@ -1,0 +1,48 @@
+"""The ordinary tests of one process, with this machine's torch and packages."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..check import CouldNotRun, check, optional
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "tests" / "unit"
+LIMIT_S = 150.0
+WORKERS = 8
+
+
+@check("the ordinary tests of one process pass here, too", room="suite", needs_gpu=True, limit_s=LIMIT_S)
+def unit_tests(device: torch.device) -> str:
+    for plugin in ("pytest", "pytest_timeout"):
+        optional(plugin)
+    if not FOLDER.is_dir():
+        raise CouldNotRun(f"no folder {FOLDER.relative_to(ROOT)} here")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--no-header"]
+    try:
+        optional("xdist")
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    except CouldNotRun:
+        pass
+    ours = [str(FOLDER.relative_to(ROOT)), f"--ignore={(FOLDER / 'test_gpu_script.py').relative_to(ROOT)}"]
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            code = subprocess.run(
+                [*command, *ours], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT_S - 10
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise CouldNotRun(f"not done after {LIMIT_S - 10:.0f} s") from error
+        output.seek(0)
+        text = output.read()
+    print(text)
+    summary = next((line for line in reversed(text.splitlines()) if re.search(r"\d+ (passed|failed|error)", line)), "")
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE)
+    assert code == 0, f"{summary.strip('= ')}: {', '.join(failed[:10]) or text[-300:]}"
+    return summary.strip("= ")
