@@ -1,8 +1,9 @@
-# make demo    train on real text on two processes, the average kept on the shards
-# make test    lint, then every test
-# make lint    ruff, and mypy --strict on the package
-# make bench   what an update costs beside what else a user could pick
-# make clean   back to a fresh clone
+# make demo      train on real text on two processes, the average kept on the shards
+# make test      lint, then every kind of test: what CI runs
+# make test-all  the same, with every row of every table: before a release, and before a large change is called done
+# make lint      ruff, and mypy --strict on the package
+# make bench     what an update costs beside what else a user could pick
+# make clean     back to a fresh clone
 #
 # Each makes the environment first, in .venv, with the versions of constraints.txt. Choose the interpreter with
 # PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-n 2 -k fsdp".
@@ -16,13 +17,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # What DeepSpeed compiles has paths of this environment in it: it lives and dies with it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-all lint bench clean
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all --durations=20 $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import sharded_avg
 from sharded_avg.lightning import EMAWeightAveraging  # it was: from lightning.pytorch.callbacks import ...
+from sharded_avg.ranks import leave
 
 
 def main() -> None:
@@ -38,3 +39,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -3,17 +3,21 @@
     agree       every rank learns whether any rank failed, so that all of them raise or none does
     rendezvous  wait until every rank has come to the same point, or give up after a grace period
     meeting     both: a rendezvous, and then an agreement, after a body that may itself communicate
+    leave       end a job's process, such that no rank pulls the rug from under another
 
 A function here is called by every rank of the group, in the same order, or by none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -181,3 +185,19 @@ def gloo_twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
     alone = len(ranks) < dist.get_world_size()
     twin: dist.ProcessGroup = dist.new_group(ranks, backend="gloo", use_local_synchronization=alone)
     return twin
+
+
+def leave(code: int = 0) -> NoReturn:
+    """Collective: all ranks must call. The last line of a program that runs on several ranks: end with exit `code`.
+
+    A Python that simply comes to its end takes gloo's threads down one by one, while peers may still talk to them: once
+    in many runs that aborts it ("terminate called without an active exception"), after its work was done, and whoever
+    started it sees a job that failed. So wait for all, write out what was printed, and be gone. What `atexit` would
+    run does not run. In a process that is in no job it only ends the process.
+    """
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a rank that never comes has failed already, and says so itself
+            dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

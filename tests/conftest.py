@@ -1,4 +1,12 @@
-"""Every test starts from the same seed, on one thread; engines that compile something keep it in this environment."""
+"""Every test starts from the same seed, on one thread, and no process that it started outlives the session.
+
+Two suites. Some tests are tables: one assertion over engines, strategies, rules, dtypes. Their further rows find
+nothing that other rows do not look for, too: they run with `--all` only, which is what `make test-all` passes, or where
+tests are asked for by name (`pytest tests/unit/test_x.py::test_y`). `make test`, without them, still runs every file,
+every kind of check, and of each table a set of rows that covers it: every engine, rule and strategy, and every pair of
+neighbours, not every pair of everything. How many it leaves out is what its closing line calls deselected. How a row
+becomes a further one is told in tests/helpers/further.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharded_avg.ranks import leave
+from tests.helpers import pool
+from tests.helpers.further import is_further
+
+_exit_status = 0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--all`: see above."""
+    parser.addoption("--all", action="store_true", help="run the further rows of long tables, too, as `make test-all`")
+
 
 def pytest_configure() -> None:
     """Settings of this process, and of all that it starts."""
@@ -18,6 +37,48 @@ def pytest_configure() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave further rows to `--all`; under torchrun, skip what starts processes of its own."""
+    for item in items:
+        if pool.under_torchrun() and item.get_closest_marker("own_processes"):
+            item.add_marker(pytest.mark.skip(reason="starts processes of its own: run it without torchrun"))
+    if config.getoption("all") or any("::" in argument for argument in config.args):
+        return
+    left_out = is_further(items)
+    config.hook.pytest_deselected(items=[item for item, out in zip(items, left_out, strict=True) if out])
+    items[:] = [item for item, out in zip(items, left_out, strict=True) if not out]
+
+
+def pytest_sessionfinish(exitstatus: int) -> None:
+    """No rank of a pool outlives the session."""
+    global _exit_status
+    _exit_status = int(exitstatus)
+    pool.close_all()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Collective. After the closing line, the ranks that torchrun made end together."""
+    if pool.under_torchrun():
+        leave(_exit_status)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Dtypes by name; what pytest has no name for gets its argument's and a number, the same in every process."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(0)
+
+
+if pool.under_torchrun():
+    from tests.helpers import outer
+
+    outer.start()
+
+    @pytest.fixture
+    def tmp_path(tmp_path: Path) -> Path:
+        """Collective. Rank 0's folder, on every rank."""
+        return outer.from_rank_0(tmp_path)

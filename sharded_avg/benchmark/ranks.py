@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from .. import ShardedAverage
+from ..ranks import leave
 from .local import BYTES_FP32, base, memory_of, ours, started
 from .rivals import gather_then_average
 from .timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
@@ -221,4 +222,4 @@ def _rank(rank: int, job: Job, settings: Settings, folder: str) -> None:
         timings = measure(case, num_rounds=settings.num_rounds, clock=clock_for(settings.num_threads)[1])
     if rank == 0:
         Path(folder, "outcome").write_bytes(pickle.dumps(Outcome(timings, case.memory)))
-    dist.destroy_process_group()
+    leave()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_avg import EMA, SWA, Schedule, ShardedAverage
+from sharded_avg.ranks import leave
 
 
 class Golden(nn.Module):
@@ -48,7 +49,7 @@ def main() -> None:
         model.set(step)
         average.update()
     average.save(Path(__file__).parent / sys.argv[1])
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

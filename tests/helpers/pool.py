@@ -54,12 +54,16 @@ class RanksFailedError(AssertionError):
     """At least one rank failed, died or hung; the message holds tracebacks or stacks, rank by rank."""
 
 
-def on_ranks(*world_sizes: int, kind: str = "torch", timeout_s: float = HANG_S) -> Callable[[Test], Test]:
-    """Make a plain function a test whose body runs on every rank, once for each world size.
+def on_ranks(
+    *world_sizes: int, further: Sequence[int] = (), kind: str = "torch", timeout_s: float = HANG_S
+) -> Callable[[Test], Test]:
+    """Make a plain function a test whose body runs on every rank, once for each world size; `further`: with --all only.
 
     The body may take `world_size`, `tmp_path`, and whatever `pytest.mark.parametrize` and fixtures give it, as long as
     it can be pickled. A body that takes longer than `timeout_s` counts as hung.
     """
+
+    all_sizes = (*world_sizes, *further)
 
     def decorate(body: Test) -> Test:
         signature = inspect.signature(body)
@@ -81,7 +85,8 @@ def on_ranks(*world_sizes: int, kind: str = "torch", timeout_s: float = HANG_S) 
         test.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
         test.body_on_ranks = body  # type: ignore[attr-defined]
         marked = pytest.mark.timeout(timeout_s + START_S[kind] + 60)(test)  # the pool's clock rings first
-        return pytest.mark.parametrize("world_size", world_sizes, ids=[f"{n}ranks" for n in world_sizes])(marked)
+        sizes = [pytest.param(n, id=f"{n}ranks", marks=pytest.mark.further if n in further else ()) for n in all_sizes]
+        return pytest.mark.parametrize("world_size", sizes)(marked)
 
     return decorate
 

@@ -7,10 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.pool import close_all, under_torchrun
-from tests.multigpu.conftest import pytest_collection_modifyitems, pytest_sessionfinish  # noqa: F401 - hooks
-
-if under_torchrun():
-    from tests.multigpu.conftest import tmp_path  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="package", autouse=True)

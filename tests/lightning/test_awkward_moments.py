@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from sharded_avg import ShardedAverage, averager, load_averaged_state_dict
+from sharded_avg import ShardedAverage, load_averaged_state_dict
 from sharded_avg.errors import CheckpointError, PeerError, UnsupportedModelError
 from sharded_avg.exchange import handover, ways
 from sharded_avg.lightning import EMAWeightAveraging, resuming, saving
@@ -517,12 +517,12 @@ def test_raw_weights_that_cannot_be_brought_back_are_kept(tmp_path: Path) -> Non
     seen = Seen(tmp_path, "single")
     seen.fit(1)
     for error in (KeyboardInterrupt, MemoryError):
-        failing = mock.patch.object(averager, "bring_back", side_effect=error)
+        failing = mock.patch.object(handover, "bring_back", side_effect=error)
         with failing, pytest.raises(error):
             seen.trainer.save_checkpoint(tmp_path / "end.ckpt")
     seen.trainer.save_checkpoint(tmp_path / "end.ckpt")
     assert_holds(tmp_path / "end.ckpt", NUM_BATCHES)
-    with mock.patch.object(averager, "bring_back", side_effect=MemoryError), pytest.raises(MemoryError):
+    with mock.patch.object(handover, "bring_back", side_effect=MemoryError), pytest.raises(MemoryError):
         seen.fit(2)
     seen.fit(2)
     assert_same(seen.began[-1], raw_after(NUM_BATCHES))

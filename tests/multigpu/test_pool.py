@@ -166,7 +166,8 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.own_processes
 def test_ranks_die_with_pytest_even_while_they_hang() -> None:
     code = (
-        "from tests.multigpu import pool, test_pool\n"
+        "from tests.helpers import pool\n"
+        "from tests.multigpu import test_pool\n"
         "made = pool.Pool('torch', 2)\n"
         "print(*[process.pid for process in made.processes], flush=True)\n"
         "made.run(pool.Job(test_pool.__name__, 'wait_for_nobody', pool.pickle.dumps({})), 600)\n"
@@ -212,7 +213,9 @@ FAILING_UNDER_TORCHRUN = """
 from datetime import timedelta
 import pytest
 import torch.distributed as dist
-from tests.multigpu import outer, test_pool
+from sharded_avg.ranks import leave
+from tests.helpers import outer
+from tests.multigpu import test_pool
 
 outer.STUCK = timedelta(seconds=3)
 outer.start()
@@ -223,6 +226,7 @@ for how, text in [("assert", "AssertionError"), ("warn", "UserWarning: this must
     assert results == [0, 1], results
 with pytest.raises(pytest.skip.Exception):
     outer.run_in_process(2, test_pool.skip_on_rank_1, {})
+leave()
 """
 
 
