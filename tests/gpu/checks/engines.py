@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -183,10 +181,7 @@ def is_missing(why: str) -> bool:
 def _outcomes_of_two(device: torch.device, folder: Path) -> dict[str, str]:
     """What each engine said on the rank that failed first, or "" """
     command = [sys.executable, "-m", "tests.gpu.rank", str(folder), str(device)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, start_new_session=True, stdin=subprocess.DEVNULL)
-        for rank in range(2)
-    ]
+    ranks = [subprocess.Popen([*command, str(rank)], cwd=ROOT, stdin=subprocess.DEVNULL) for rank in range(2)]
     try:
         deadline = time.monotonic() + PAIR_LIMIT_S - 10
         while any(rank.poll() is None for rank in ranks):
@@ -198,7 +193,7 @@ def _outcomes_of_two(device: torch.device, folder: Path) -> dict[str, str]:
     finally:
         for rank in ranks:
             if rank.poll() is None:
-                os.killpg(rank.pid, signal.SIGKILL)
+                rank.kill()
             rank.wait()
     said = _said(folder)
     if not any(said.values()) and any(rank.returncode for rank in ranks):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,23 +178,25 @@ def pieces(device: torch.device) -> str:
     return f"{len(ROWS)} rules, {len(bounds)} pieces"
 
 
-@check("fp16, bf16, fp64 and complex weights in fp32 averages: the bits of the formula")
+@check("fp16, bf16, fp64 and complex weights, averaged in the default dtype and in fp32: the bits of the formula")
 def dtypes(device: torch.device) -> None:
-    kinds = (torch.float16, torch.bfloat16, torch.float64, torch.complex64)
-    sizes = {_short(dtype): (7, 11) for dtype in kinds}
-    live = {
-        name: drawn(0, torch.float32, sizes)[name].to(device, dtype) for name, dtype in zip(sizes, kinds, strict=True)
-    }
-    model = Tensors(live)
-    average, hand = ShardedAverage(model, EMA(decay=DECAY)), ByHand(ema)
-    stored = {name: torch.complex64 if value.is_complex() else torch.float32 for name, value in live.items()}
+    fp32, fp64, complex64 = torch.float32, torch.float64, torch.complex64
+    by_default = {torch.float16: fp32, torch.bfloat16: fp32, fp64: fp64, complex64: complex64}
+    _prove_dtypes(device, by_default)
+    _prove_dtypes(device, by_default | {fp64: fp32}, dtype=fp32)
+
+
+def _prove_dtypes(device: torch.device, stored: dict[torch.dtype, torch.dtype], **options: Any) -> None:
+    """`stored`: dtype of weights -> dtype of their average."""
+    sizes = {_short(dtype): (7, 11) for dtype in stored}
+    first = drawn(0, torch.float32, sizes)
+    model = Tensors({name: first[name].to(device, dtype) for name, dtype in zip(sizes, stored, strict=True)})
+    average, hand = ShardedAverage(model, EMA(decay=DECAY), **options), ByHand(ema)
     for step in range(NUM_UPDATES):
-        now = drawn(step, torch.float32, sizes)
-        put(model, {name: now[name].to(device, value.dtype) for name, value in live.items()})
+        put(model, drawn(step, torch.float32, sizes))
         assert average.update()
-        hand_sees = {name: param.detach().to(stored[name]) for name, param in trained(model).items()}
-        _take_each(hand, hand_sees)
-    assert_same(averaged(average), hand.average, "averages")
+        _take_each(hand, {name: param.detach().to(stored[param.dtype]) for name, param in trained(model).items()})
+    assert_same(averaged(average), hand.average, f"averages, {options or 'by default'}")
 
 
 def _take_each(hand: ByHand, live: State) -> None:
