@@ -19,6 +19,7 @@ from sharded_avg import EMA, SWA, ShardedAverage
 from sharded_avg.commands.cli import _bytes, main
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
+from sharded_avg.saved import from_source
 from sharded_avg.shard import Box
 
 from .test_consolidate import sparse_folder
@@ -158,7 +159,8 @@ def test_interrupted(saved, tmp_path, monkeypatch, capsys, command, at_read, num
 
     monkeypatch.setattr(StoredFile, "read_into", read_and_stop)
     whole = sinks.slabs
-    monkeypatch.setattr(sinks, "slabs", lambda info: whole(info, max_bytes=16))
+    for module in (sinks, from_source):
+        monkeypatch.setattr(module, "slabs", lambda info: whole(info, max_bytes=16))
     out = tmp_path / "out"
     out.mkdir()
     kind, name = command.split()
