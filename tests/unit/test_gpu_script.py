@@ -26,6 +26,7 @@ OF_ENGINES = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # said by the thread of an async_save
 @pytest.mark.parametrize("name", [c.name for c in CHECKS.values() if c.room in ROOMS_HERE and not c.needs_gpu])
 def test_checks_that_need_no_gpu(name: str) -> None:
     result = attempt(CHECKS[name], CPU)
