@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError
+from ..files.facts import load_json
 from ..files.source import AbstractSource, Cast, Renamed
-from ..files.weight_files import load_json
 from ..formats.exporters import raw_weights, write_averaged_model, write_lightning
 from ..formats.importers import IMPORTERS, Names, find_importer
 from ..formats.open import open_source

@@ -7,9 +7,8 @@ Merged                        the weighted sum of sources, as a source: computed
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,19 +70,11 @@ class Merged(AbstractSource):
         self._terms = [(w, s) for w, s in zip(weights, sources, strict=True) if w]
         self._last = sources[-1]
         self._accumulate = accumulate
-        self._infos = {name: _merged_info([s.infos[name] for s in sources], name) for name in sources[0].infos}
-        self._aliases = sources[0].facts.get("aliases", {})
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"format": "merge", "aliases": self._aliases}
+        self.infos = {name: _merged_info([s.infos[name] for s in sources], name) for name in sources[0].infos}
+        self.facts = {"format": "merge", "aliases": sources[0].facts.get("aliases", {})}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        dtype = self._infos[name].dtype
+        dtype = self.infos[name].dtype
         if not _averages(dtype):
             return self._last.read(name, box)
         wide = torch.promote_types(self._accumulate, torch.complex64) if dtype.is_complex else self._accumulate

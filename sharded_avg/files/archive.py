@@ -40,10 +40,30 @@ def records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
 
     Raises `CheckpointError` for anything but what torch.save writes.
     """
+    found: dict[str, Record] = {}
+    position = 0
     try:
-        return _records(file, start, length)
+        directory, count = _directory(file, start, length)
+        for _ in range(count):
+            fields = _ENTRY.unpack_from(directory, position)
+            signature, _, _, flags, method, _, _, crc, packed, size, num_name, num_extra, num_comment, *_, at = fields
+            fits = signature == b"PK\x01\x02" and method == 0 and not flags & 1
+            _require(fits, "a member that torch would not write")
+            position += _ENTRY.size
+            name = directory[position : position + num_name].decode()
+            extra = directory[position + num_name : position + num_name + num_extra]
+            position += num_name + num_extra + num_comment
+            size, packed, at = _wide(extra, size, packed, at)
+            _require(size == packed, "a member of two sizes")
+            offset = _data_offset(file, start + at, name, start + length)
+            _require(offset + size <= start + length, f"the member {name!r} beyond its end")
+            short = name.partition("/")[2]
+            _require(short not in found, f"the member {name!r} twice")
+            found[short] = Record(offset, size, crc)
     except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"not a whole archive of torch.save ({error})") from error
+    _require(position == len(directory), "a directory of another length")
+    return found
 
 
 def is_archive(file: BinaryIO) -> bool:
@@ -73,29 +93,6 @@ def verify(file: BinaryIO, record: Record) -> None:
         crc = zlib.crc32(buffer[:count], crc)
         left -= count
     _require(crc == record.crc, "a checksum that does not match: bytes of it have changed since it was written")
-
-
-def _records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
-    directory, count = _directory(file, start, length)
-    found: dict[str, Record] = {}
-    position = 0
-    for _ in range(count):
-        fields = _ENTRY.unpack_from(directory, position)
-        signature, _, _, flags, method, _, _, crc, packed, size, num_name, num_extra, num_comment, _, _, _, at = fields
-        _require(signature == b"PK\x01\x02" and method == 0 and not flags & 1, "a member that torch would not write")
-        position += _ENTRY.size
-        name = directory[position : position + num_name].decode()
-        extra = directory[position + num_name : position + num_name + num_extra]
-        position += num_name + num_extra + num_comment
-        size, packed, at = _wide(extra, size, packed, at)
-        _require(size == packed, "a member of two sizes")
-        offset = _data_offset(file, start + at, name, start + length)
-        _require(offset + size <= start + length, f"the member {name!r} beyond its end")
-        short = name.partition("/")[2]
-        _require(short not in found, f"the member {name!r} twice")
-        found[short] = Record(offset, size, crc)
-    _require(position == len(directory), "a directory of another length")
-    return found
 
 
 def _directory(file: BinaryIO, start: int, length: int) -> tuple[bytes, int]:

@@ -67,30 +67,23 @@ class DcpFolder(AbstractSource):
         self.path = Path(path)
         self._files: dict[str, StoredFile] = {}
         self._stored: dict[_Place, Stored] = {}
+        self._chunks: dict[str, list[_Chunk]] = {}
+        self._objects: dict[str, _Place] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        self.facts = {"format": "torch.distributed.checkpoint"}
         index = _index(self.path)
         places = dict(_places(index.get("storage_data")))
         self._check_places(places.values())
-        self._infos: dict[str, TensorInfo] = {}
-        self._chunks: dict[str, list[_Chunk]] = {}
-        self._objects: dict[str, _Place] = {}
         for name, entry in _dict(index.get("state_dict_metadata"), "state_dict_metadata").items():
             self._enter(name, entry, places)
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
 
     @property
     def objects(self) -> list[str]:
         """Names of what is no tensor."""
         return list(self._objects)
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"format": "torch.distributed.checkpoint"}
-
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        info = self._infos[name]
+        info = self.infos[name]
         box = Box.whole(info.shape) if box is None else box
         full = torch.empty(box.lengths, dtype=info.dtype)
         for chunk in self._chunks[name]:
@@ -109,12 +102,15 @@ class DcpFolder(AbstractSource):
         _require(isinstance(name, str) and isinstance(entry, Inert), "an entry without a name")
         if isinstance(name, str) and isinstance(entry, Inert) and entry.kind == f"{_METADATA}.TensorStorageMetadata":
             info = TensorInfo(_sizes(entry.get("size")), _dtype(entry.get("properties")))
-            boxes = list(_boxes(entry.get("chunks")))
+            chunks = entry.get("chunks")
+            _require(isinstance(chunks, list) and all(isinstance(c, Inert) for c in chunks), "pieces that are none")
+            every = [Box(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))) for chunk in chunks or ()]
+            boxes = [box for box in every if box.numel]  # DCP also lists the empty ones of ranks that had none
             _require(_cover(boxes, info.shape), f"pieces of {name!r} that do not fill {info.shape} exactly once")
-            chunks = [_Chunk(box, _place_of(places, name, box.offsets)) for box in boxes]
-            fit = all(chunk.box.numel * info.dtype.itemsize <= chunk.place.length for chunk in chunks)
+            pieces = [_Chunk(box, _place_of(places, name, box.offsets)) for box in boxes]
+            fit = all(piece.box.numel * info.dtype.itemsize <= piece.place.length for piece in pieces)
             _require(fit, f"a piece of {name!r} that is larger than its place")  # before memory is asked for
-            self._infos[name], self._chunks[name] = info, chunks
+            self.infos[name], self._chunks[name] = info, pieces
         elif isinstance(name, str):
             self._objects[name] = _place_of(places, name, None)
 
@@ -139,7 +135,7 @@ class DcpFolder(AbstractSource):
         """Where the elements of a chunk lie in its file."""
         if chunk.place not in self._stored:
             stored = self._content(name, chunk.place)
-            info = self._infos[name]
+            info = self.infos[name]
             _require(isinstance(stored, Stored), f"no tensor where a piece of {name!r} should be")
             _require(
                 (stored.shape, stored.dtype) == (chunk.box.lengths, info.dtype),
@@ -209,16 +205,6 @@ def _place_of(
     return place
 
 
-def _boxes(chunks: object) -> Iterator[Box]:
-    """The pieces that hold elements; DCP also lists the empty ones of ranks that had none."""
-    _require(isinstance(chunks, list), "pieces that are none")
-    for chunk in chunks if isinstance(chunks, list) else []:
-        _require(isinstance(chunk, Inert), "a piece that is none")
-        box = Box(_sizes(chunk.get("offsets")), _sizes(chunk.get("sizes")))
-        if box.numel:
-            yield box
-
-
 def _sizes(value: object) -> tuple[int, ...]:
     """A torch.Size, or a tuple where an old index has one."""
     if isinstance(value, Inert) and value.kind == "torch.Size" and len(value.args) == 1:
@@ -252,21 +238,17 @@ def _cover(boxes: list[Box], shape: tuple[int, ...]) -> bool:
             return False
     if sum(box.numel for box in boxes) != Box.whole(shape).numel:
         return False
-    return not _overlapping(boxes)
-
-
-def _overlapping(boxes: list[Box]) -> bool:
-    """Sweep along the dim that the Boxes cut most, keeping those that the sweep line crosses."""
     if len(boxes) < 2:
-        return False
+        return True
+    # Sweep along the dim that the Boxes cut most, keeping those that the sweep line crosses.
     dim = max(range(len(boxes[0].offsets)), key=lambda d: len({box.offsets[d] for box in boxes}))
     crossed: list[Box] = []
     for box in sorted(boxes, key=lambda box: box.offsets[dim]):
         crossed = [other for other in crossed if other.offsets[dim] + other.lengths[dim] > box.offsets[dim]]
         if any(_intersection(other, box) is not None for other in crossed):
-            return True
+            return False
         crossed.append(box)
-    return False
+    return True
 
 
 def _intersection(a: Box, b: Box) -> Box | None:

@@ -116,43 +116,40 @@ class _Unpickler(pickle._Unpickler):
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        self._dict()[_checked_key(key)] = value
+        self._put(dict, "an item", [key, value])
 
     def _set_items(self) -> None:
         items = self.pop_mark()
-        target = self._dict()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_checked_key(key)] = value
+        self._put(dict, "an item", items)
 
-    def _dict(self) -> dict[Any, Any]:
-        if type(self.stack[-1]) is not dict:
-            raise _Refused(f"an item of {type(self.stack[-1]).__name__}")
-        target: dict[Any, Any] = self.stack[-1]
-        return target
-
-    def _dict_of_mark(self) -> None:
+    def _make_dict(self) -> None:
         items = self.pop_mark()
-        self.append({_checked_key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+        self.append({})
+        self._put(dict, "an item", items)
 
     def _append_to_list(self) -> None:
         value = self.stack.pop()
-        self._list().append(value)
+        self._put(list, "an appending", [value])
 
     def _append_many(self) -> None:
         values = self.pop_mark()
-        self._list().extend(values)
-
-    def _list(self) -> list[Any]:
-        if type(self.stack[-1]) is not list:
-            raise _Refused(f"an appending to {type(self.stack[-1]).__name__}")
-        target: list[Any] = self.stack[-1]
-        return target
+        self._put(list, "an appending", values)
 
     def _add_to_set(self) -> None:
         values = self.pop_mark()
-        if type(self.stack[-1]) is not set:
-            raise _Refused(f"an adding to {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(_checked_key(value) for value in values)
+        self._put(set, "an adding", values)
+
+    def _put(self, kind: type, what: str, values: list[Any]) -> None:
+        """Into the container on top of the stack, which must be a plain one: keys and values in turn for a dict."""
+        if type(self.stack[-1]) is not kind:
+            raise _Refused(f"{what} of {type(self.stack[-1]).__name__}")
+        target: Any = self.stack[-1]
+        if kind is list:
+            target.extend(values)
+        elif kind is set:
+            target.update(map(_checked_key, values))
+        else:
+            target.update(zip(map(_checked_key, values[::2]), values[1::2], strict=True))
 
     dispatch: ClassVar[Any] = {
         **{code: handler for code, handler in pickle._Unpickler.dispatch.items() if code in _CODES},
@@ -161,7 +158,7 @@ class _Unpickler(pickle._Unpickler):
         pickle.BUILD[0]: _build,
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
-        pickle.DICT[0]: _dict_of_mark,
+        pickle.DICT[0]: _make_dict,
         pickle.APPEND[0]: _append_to_list,
         pickle.APPENDS[0]: _append_many,
         pickle.ADDITEMS[0]: _add_to_set,

@@ -4,7 +4,7 @@
     write_torch               one file that torch.load(weights_only=True) reads
     appearing                 a file that has its name only when it is whole
 
-Each holds one slab of at most SLAB_BYTES at a time, whatever the size of the tensors. The writers are our own because
+Each holds one slab (source.SLAB_BYTES) at a time, whatever the size of the tensors. The writers are our own because
 the libraries' want whole tensors, or all of them, in memory: `safetensors.torch.save_file` and `torch.save`.
 """
 
@@ -28,38 +28,14 @@ import torch
 
 from ..errors import ConfigError
 from ..shard import Box
-from .source import AbstractSource, TensorInfo
+from .facts import METADATA_KEY
+from .safetensors_file import DTYPE_NAMES, INDEX_SUFFIX
+from .source import AbstractSource, slabs
 from .stored import STORAGE_DTYPES, bytes_of, contiguous_stride
-from .weight_files import DTYPE_NAMES, INDEX_SUFFIX, METADATA_KEY
 
-SLAB_BYTES = 16 << 20
 _ALIGNMENT = 64
 _DTYPE_CODES = {getattr(torch, name): code for code, name in DTYPE_NAMES.items()}
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items() if name != "Untyped"}
-
-
-def slabs(info: TensorInfo, max_bytes: int = SLAB_BYTES) -> Iterator[Box]:
-    """Boxes that follow each other in row-major order and fill the tensor, none larger than `max_bytes`."""
-    yield from _slabs((), info.shape, max(1, max_bytes // info.dtype.itemsize))
-
-
-def _slabs(index: tuple[int, ...], shape: tuple[int, ...], max_elements: int) -> Iterator[Box]:
-    """Slabs of the part of a tensor whose first coordinates are `index`; `shape` is what is left."""
-    whole = Box.whole(shape)
-    if not whole.numel:
-        return
-    if whole.numel <= max_elements:
-        yield Box((*index, *whole.offsets), ((1,) * len(index) + whole.lengths))
-        return
-    row = whole.numel // shape[0]
-    if row > max_elements:
-        for i in range(shape[0]):
-            yield from _slabs((*index, i), shape[1:], max_elements)
-        return
-    step = max_elements // row
-    for i in range(0, shape[0], step):
-        offsets, lengths = (i, *whole.offsets[1:]), (min(step, shape[0] - i), *shape[1:])
-        yield Box((*index, *offsets), (1,) * len(index) + lengths)
 
 
 @contextmanager
@@ -127,7 +103,15 @@ def _write_tensor(source: AbstractSource, name: str, file: IO[bytes]) -> None:
 
 
 def _write_several(source: AbstractSource, folder: Path, metadata: Mapping[str, str], max_file_bytes: int) -> None:
-    groups = _groups(source.infos, max_file_bytes)
+    groups: list[list[str]] = [[]]  # names in order, cut where the next tensor would not fit
+    filled = total = 0
+    for name, info in source.infos.items():
+        if groups[-1] and filled + info.nbytes > max_file_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += info.nbytes
+        total += info.nbytes
     files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     if len(groups) == 1:
         files = ["model.safetensors"]
@@ -144,31 +128,12 @@ def _write_several(source: AbstractSource, folder: Path, metadata: Mapping[str, 
         for file in files:
             os.replace(staging / file, folder / file)
         if len(groups) > 1:
-            _write_index(
-                folder, {name: file for names, file in zip(groups, files, strict=True) for name in names}, source
-            )
+            weight_map = {name: file for names, file in zip(groups, files, strict=True) for name in names}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            with appearing(folder / f"model{INDEX_SUFFIX}") as incoming:
+                incoming.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_index(folder: Path, weight_map: Mapping[str, str], source: AbstractSource) -> None:
-    total = sum(info.nbytes for info in source.infos.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with appearing(folder / f"model{INDEX_SUFFIX}") as incoming:
-        incoming.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _groups(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
-    """Names in order, cut where the next tensor would not fit."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, info in infos.items():
-        if groups[-1] and filled + info.nbytes > max_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += info.nbytes
-    return groups
 
 
 def write_torch(
@@ -185,8 +150,14 @@ def write_torch(
     aliases = facts.get("aliases", {})
     keys = {name: str(key) for key, name in enumerate(name for name in source.infos if name not in aliases)}
     keys |= {alias: keys[name] for alias, name in aliases.items()}
+    tensors = {
+        name: _TensorAt(_StorageId(keys[name], info.dtype, Box.whole(info.shape).numel), info.shape)
+        for name, info in source.infos.items()
+    }
+    stream = io.BytesIO()
+    _Pickler(stream, protocol=2).dump(OrderedDict(arrange(tensors)))
     with appearing(path) as incoming, zipfile.ZipFile(incoming, "w") as archive:
-        _member(archive, "data.pkl", _pickled(source.infos, keys, arrange))
+        _member(archive, "data.pkl", stream.getvalue())
         _member(archive, "byteorder", b"little")
         _member(archive, METADATA_KEY, json.dumps(dict(facts)).encode())
         for name in source.infos:
@@ -245,15 +216,3 @@ class _Pickler(pickle.Pickler):
         if dtype in _STORAGE_NAMES:
             return torch._utils._rebuild_tensor_v2, args
         return torch._utils._rebuild_tensor_v3, (*args, dtype)
-
-
-def _pickled(
-    infos: Mapping[str, TensorInfo], keys: Mapping[str, str], arrange: Callable[[dict[str, Any]], dict[str, Any]]
-) -> bytes:
-    tensors = {
-        name: _TensorAt(_StorageId(keys[name], info.dtype, Box.whole(info.shape).numel), info.shape)
-        for name, info in infos.items()
-    }
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(OrderedDict(arrange(tensors)))
-    return stream.getvalue()

@@ -5,6 +5,7 @@
     Renamed         a source under other names, or a part of one
     Cast            a source with its floating-point tensors in another dtype
     Watched         a source that reports the bytes it hands out
+    slabs           how a tensor is cut so that only a small piece of it is in memory
 
 Consolidating, merging, converting and inspecting are written once, on sources. Opening one runs no code of the file.
 """
@@ -12,7 +13,7 @@ Consolidating, merging, converting and inspecting are written once, on sources. 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from ..shard import Box
+
+SLAB_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +40,12 @@ class TensorInfo:
 class AbstractSource(ABC):
     """Full tensors by name. `read` returns CPU tensors and needs memory for what it returns, not for the file."""
 
-    @property
-    @abstractmethod
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Every tensor that can be read, in the file's order."""
+    infos: Mapping[str, TensorInfo]  # every tensor that can be read, in the file's order
+    facts: Mapping[str, Any]  # what else the file says: "format", and where known "n_averaged", "step", "rule"; JSON
 
     @abstractmethod
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """The values of one tensor, or of a Box of it. Raises `CheckpointError` if the file does not hold them."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What else the file says: "format", and where known "n_averaged", "step", "rule"; JSON values."""
-        return {}
 
 
 class Renamed(AbstractSource):
@@ -60,18 +56,11 @@ class Renamed(AbstractSource):
     ) -> None:
         self._source = source
         self._names = dict(names)
-        self._facts = {**source.facts, **(facts or {})}
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {new: self._source.infos[old] for new, old in self._names.items()}
+        self.infos = {new: source.infos[old] for new, old in self._names.items()}
+        self.facts = {**source.facts, **(facts or {})}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         return self._source.read(self._names[name], box)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return self._facts
 
 
 class Cast(AbstractSource):
@@ -79,21 +68,14 @@ class Cast(AbstractSource):
 
     def __init__(self, source: AbstractSource, dtype: torch.dtype | None) -> None:
         self._source = source
-        self._infos = {
+        self.facts = source.facts
+        self.infos = {
             name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
             for name, info in source.infos.items()
         }
 
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        return self._source.read(name, box).to(self._infos[name].dtype)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return self._source.facts
+        return self._source.read(name, box).to(self.infos[name].dtype)
 
 
 class Watched(AbstractSource):
@@ -102,16 +84,34 @@ class Watched(AbstractSource):
     def __init__(self, source: AbstractSource, report: Callable[[int], None]) -> None:
         self._source = source
         self._report = report
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._source.infos
+        self.infos = source.infos
+        self.facts = source.facts
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         tensor = self._source.read(name, box)
-        self._report(tensor.numel() * tensor.dtype.itemsize)
+        self._report(tensor.nbytes)
         return tensor
 
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return self._source.facts
+
+def slabs(info: TensorInfo, max_bytes: int = SLAB_BYTES) -> Iterator[Box]:
+    """Boxes that follow each other in row-major order and fill the tensor, none larger than `max_bytes`."""
+    yield from _slabs((), info.shape, max(1, max_bytes // info.dtype.itemsize))
+
+
+def _slabs(index: tuple[int, ...], shape: tuple[int, ...], max_elements: int) -> Iterator[Box]:
+    """Slabs of the part of a tensor whose first coordinates are `index`; `shape` is what is left."""
+    whole = Box.whole(shape)
+    if not whole.numel:
+        return
+    if whole.numel <= max_elements:
+        yield Box((*index, *whole.offsets), ((1,) * len(index) + whole.lengths))
+        return
+    row = whole.numel // shape[0]
+    if row > max_elements:
+        for i in range(shape[0]):
+            yield from _slabs((*index, i), shape[1:], max_elements)
+        return
+    step = max_elements // row
+    for i in range(0, shape[0], step):
+        offsets, lengths = (i, *whole.offsets[1:]), (min(step, shape[0] - i), *shape[1:])
+        yield Box((*index, *offsets), (1,) * len(index) + lengths)

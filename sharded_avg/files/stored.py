@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -135,25 +135,22 @@ class StoredFile:
         start = sum(offset * step for offset, step in zip(box.offsets, stored.stride, strict=True))
         try:
             with self.open() as file:
-                self._verify(file, stored.record)
+                if stored.record not in self._verified:
+                    verify(file, stored.record)
+                    self._verified.add(stored.record)
                 _fill(file, target, stored.offset + start * stored.dtype.itemsize, stored.stride)
         except OSError as error:
             raise CheckpointError(f"{str(self.path)!r} cannot be read: {error}") from error
-
-    def _verify(self, file: BinaryIO, record: Record) -> None:
-        if record in self._verified:
-            return
-        try:
-            verify(file, record)
         except CheckpointError as error:
             raise CheckpointError(f"{str(self.path)!r} is damaged: {error}") from error
-        self._verified.add(record)
 
 
 def _fill(file: BinaryIO, target: Tensor, offset: int, stride: tuple[int, ...]) -> None:
     """Read a strided tensor that begins at byte `offset`, with at most PIECE_BYTES beside it."""
     shape, itemsize = target.shape, target.dtype.itemsize
-    if target.is_contiguous() and _runs_on(shape, stride):
+    wanted = contiguous_stride(shape)
+    runs_on = all(size == 1 or step == want for size, step, want in zip(shape, stride, wanted, strict=True))
+    if target.is_contiguous() and runs_on:
         _read_exactly(file, offset, bytes_of(target))
         return
     span = covered(shape, stride)
@@ -168,17 +165,12 @@ def _fill(file: BinaryIO, target: Tensor, offset: int, stride: tuple[int, ...]) 
     _fill(file, target.narrow(dim, half, shape[dim] - half), offset + half * stride[dim] * itemsize, stride)
 
 
-def _runs_on(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    wanted = contiguous_stride(shape)
-    return all(size == 1 or step == want for size, step, want in zip(shape, stride, wanted, strict=True))
-
-
 def _read_exactly(file: BinaryIO, offset: int, target: memoryview) -> None:
     file.seek(offset)
     while target.nbytes:
         count = file.readinto(target[: 1 << 30])  # type: ignore[attr-defined]
         if not count:
-            raise CheckpointError(f"{file.name!r} ends early: it was cut short, or is still being written")
+            raise CheckpointError("it ends early: it was cut short, or is still being written")
         target = target[count:]
 
 
@@ -193,8 +185,19 @@ def torch_content(file: BinaryIO, members: dict[str, Record], *, what: str, fore
     if "byteorder" in members and read_record(file, members["byteorder"], max_bytes=16) != b"little":
         raise CheckpointError(f"{what} was written on a big-endian machine, whose numbers are not read here")
     data = read_record(file, members["data.pkl"], max_bytes=_MAX_PICKLE_BYTES)
-    admits = _admits_all if foreign else _admits
-    content = load_inert(data, admits, what=what, persistent=_storages(members, what))
+
+    def storage(pid: Any) -> _Storage:
+        if isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], ClassName) and isinstance(pid[2], str):
+            record = members.get(f"data/{pid[2]}")
+            dtype = STORAGE_DTYPES.get(pid[1].kind.rpartition(".")[2].removesuffix("Storage"))
+            if pid[0] == "storage" and record is not None and dtype is not None:
+                return _Storage(dtype, record)
+        raise CheckpointError(f"{what} is damaged: it describes a storage that is not in it")
+
+    def admits(module: str, name: str) -> bool:
+        return foreign or _admits(module, name)  # a foreign class is neither looked up nor called
+
+    content = load_inert(data, admits, what=what, persistent=storage)
     return _Making(what, max_values=100_000 + 4 * len(data)).made(content)
 
 
@@ -209,22 +212,6 @@ def _admits(module: str, name: str) -> bool:
     is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in STORAGE_DTYPES
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
     return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN | _TENSORS | {_WITH_ATTRIBUTES}
-
-
-def _admits_all(module: str, name: str) -> bool:
-    return True  # whatever it is, it is neither looked up nor called
-
-
-def _storages(members: dict[str, Record], what: str) -> Callable[[Any], _Storage]:
-    def find(pid: Any) -> _Storage:
-        if isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], ClassName) and isinstance(pid[2], str):
-            record = members.get(f"data/{pid[2]}")
-            dtype = STORAGE_DTYPES.get(pid[1].kind.rpartition(".")[2].removesuffix("Storage"))
-            if pid[0] == "storage" and record is not None and dtype is not None:
-                return _Storage(dtype, record)
-        raise CheckpointError(f"{what} is damaged: it describes a storage that is not in it")
-
-    return find
 
 
 class _Making:
@@ -242,16 +229,13 @@ class _Making:
         if depth > _MAX_DEPTH or self._left < 0:
             raise CheckpointError(f"{self._what} holds more values, or deeper nested, than a file of weights does")
         if isinstance(value, dict):
-            return {_made_key(key): self.made(entry, depth + 1) for key, entry in value.items()}
+            keys = [key.kind if isinstance(key, (Inert, ClassName)) else key for key in value]
+            return {key: self.made(entry, depth + 1) for key, entry in zip(keys, value.values(), strict=True)}
         if isinstance(value, (list, tuple)):
             return type(value)(self.made(entry, depth + 1) for entry in value)
         if isinstance(value, Inert):
             return _object(value, self._what)
         return getattr(torch, value.kind.rpartition(".")[2], value.kind) if isinstance(value, ClassName) else value
-
-
-def _made_key(key: Any) -> Any:
-    return key.kind if isinstance(key, (Inert, ClassName)) else key
 
 
 def _object(inert: Inert, what: str) -> Any:

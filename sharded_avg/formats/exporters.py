@@ -31,10 +31,8 @@ class InMemory(AbstractSource):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
+        self.infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        self.facts = {}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         tensor = self._tensors[name]
@@ -46,24 +44,18 @@ class Joined(AbstractSource):
 
     def __init__(self, parts: Mapping[str, AbstractSource]) -> None:
         self._places = {prefix + name: (part, name) for prefix, part in parts.items() for name in part.infos}
-        self._aliases = {
+        self.infos = {name: part.infos[inner] for name, (part, inner) in self._places.items()}
+        aliases = {
             prefix + alias: prefix + name
             for prefix, part in parts.items()
             for alias, name in part.facts.get("aliases", {}).items()
             if alias in part.infos and name in part.infos
         }
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return {name: part.infos[inner] for name, (part, inner) in self._places.items()}
+        self.facts = {"aliases": aliases}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         part, inner = self._places[name]
         return part.read(inner, box)
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        return {"aliases": self._aliases}
 
 
 def write_averaged_model(average: AbstractSource, path: Path, raw: AbstractSource | None = None) -> None:

@@ -9,16 +9,15 @@ No process group, model or GPU is needed, and nothing that is opened is run.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from ..files.dcp_folder import INDEX_FILE, DcpFolder
+from ..files.safetensors_file import SafetensorsFiles, safetensors_of
 from ..files.source import AbstractSource, Renamed
-from ..files.weight_files import SafetensorsFiles, TorchFile, safetensors_of
+from ..files.torch_file import TorchFile
 from ..saved.sources import saved_averages
 from .importers import find_importer
 
@@ -36,7 +35,16 @@ def open_source(path: StrPath, name: str | None = None) -> AbstractSource:
     average = _average(path, name)
     if average is not None:
         return average
-    return _under(_plain(path), name, path)
+    source = _plain(path)
+    prefix = "" if name is None else f"{name}."
+    names = {key.removeprefix(prefix): key for key in source.infos if key.startswith(prefix)}
+    if not names and name is not None:
+        first = sorted({key.partition(".")[0] for key in source.infos})[:20]
+        raise CheckpointError(f"{str(path)!r} holds no average, and no tensors under {name!r}; it has {first}")
+    ties = source.ties() if isinstance(source, TorchFile) else {}
+    inside = {key: tied for key, tied in ties.items() if key.startswith(prefix) and tied.startswith(prefix)}
+    aliases = {key.removeprefix(prefix): tied.removeprefix(prefix) for key, tied in inside.items()}
+    return Renamed(source, names, {"aliases": aliases})
 
 
 def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
@@ -63,29 +71,21 @@ def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str
 
 
 def _average(path: Path, name: str | None) -> AbstractSource | None:
+    """The average that a path holds: our own, one that `consolidate` or `merge` exported, or a foreign one."""
     saved = saved_averages(path)
     if saved is not None:
         return saved.source(name)
-    plain = _exported(path, name)
-    return _imported(path, name) if plain is None else plain
-
-
-def _exported(path: Path, name: str | None) -> AbstractSource | None:
-    """A file that `consolidate` or `merge` made: plain weights that say which average they are."""
     try:
         source = _plain_or_none(path)
     except ConfigError:  # a folder of several files: the importers may know which one is the average
-        return None
-    average = None if source is None else source.facts.get("average")
-    if average is not None and name not in (None, average):
-        raise CheckpointError(f"{str(path)!r} holds the average {average!r} and no {name!r}")
-    return None if average is None else source
-
-
-def _imported(path: Path, name: str | None) -> AbstractSource | None:
-    """A foreign format that keeps an average; any other name is a key of a plain checkpoint."""
+        source = None
+    exported = None if source is None else source.facts.get("average")
+    if exported is not None:
+        if name not in (None, exported):
+            raise CheckpointError(f"{str(path)!r} holds the average {exported!r} and no {name!r}")
+        return source
     found = find_importer(path)
-    if found is None or name not in (None, _ONLY_NAME, found.format):
+    if found is None or name not in (None, _ONLY_NAME, found.format):  # any other name is a key of a plain checkpoint
         return None
     source = found.open()
     return Renamed(source, {key: key for key in source.infos}, {"average": _ONLY_NAME})
@@ -107,18 +107,6 @@ def _plain_or_none(path: Path) -> AbstractSource | None:
     if path.is_dir():
         return DcpFolder(path) if (path / INDEX_FILE).exists() else None
     return TorchFile(path)
-
-
-def _under(source: AbstractSource, name: str | None, path: Path) -> AbstractSource:
-    prefix = "" if name is None else f"{name}."
-    names: Mapping[str, str] = {key.removeprefix(prefix): key for key in source.infos if key.startswith(prefix)}
-    if not names and name is not None:
-        first: list[Any] = sorted({key.partition(".")[0] for key in source.infos})[:20]
-        raise CheckpointError(f"{str(path)!r} holds no average, and no tensors under {name!r}; it has {first}")
-    ties = source.ties() if isinstance(source, TorchFile) else {}
-    inside = {key: tied for key, tied in ties.items() if key.startswith(prefix) and tied.startswith(prefix)}
-    aliases = {key.removeprefix(prefix): tied.removeprefix(prefix) for key, tied in inside.items()}
-    return Renamed(source, names, {"aliases": aliases})
 
 
 def _existing(path: StrPath) -> Path:

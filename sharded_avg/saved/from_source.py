@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 
-from ..files.sinks import slabs
-from ..files.source import AbstractSource
+from ..files.source import AbstractSource, slabs
 from .dcp import written
 from .folder import save_folder
 from .manifest import BESIDE_KEY, Manifest

@@ -19,8 +19,8 @@ import torch
 
 from ..errors import CheckpointError, NotStartedError
 from ..files.dcp_folder import INDEX_FILE, DcpFolder
+from ..files.facts import load_json
 from ..files.source import AbstractSource, Renamed
-from ..files.weight_files import load_json
 from .manifest import BESIDE_KEY, FORMAT, Manifest
 from .place import MANIFEST_FILE, place_of
 

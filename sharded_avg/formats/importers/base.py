@@ -20,7 +20,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ...files.source import AbstractSource, Renamed
 from ...files.stored import Stored
-from ...files.weight_files import flat_tensors
+from ...files.torch_file import flat_tensors
 
 Names = Sequence[str] | Mapping[str, Sequence[int]]
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")

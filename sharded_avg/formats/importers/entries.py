@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import re
 
+from ...files.safetensors_file import SafetensorsFiles
 from ...files.source import AbstractSource
-from ...files.weight_files import SafetensorsFiles
 from .base import AbstractImporter, Content, Names, as_number, ema_rule, is_state
 
 _DESCRIBES_ITSELF = {"n_averaged", "initted", "steps", "shadow_params", "num_updates"}

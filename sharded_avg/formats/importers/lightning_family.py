@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ...files.facts import METADATA_KEY
 from ...files.source import AbstractSource
-from ...files.weight_files import METADATA_KEY
 from .base import AbstractImporter, Content, Names, as_number, ema_rule, in_order, is_state, numbered
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ...files.dcp_folder import INDEX_FILE, DcpFolder
-from ...files.weight_files import INDEX_SUFFIX, SafetensorsFiles, TorchFile, flat_tensors, load_json, safetensors_of
+from ...files.facts import load_json
+from ...files.safetensors_file import INDEX_SUFFIX, SafetensorsFiles, safetensors_of
+from ...files.torch_file import TorchFile, flat_tensors
 from ...saved.place import MANIFEST_FILE
 from .base import Content
 

@@ -28,8 +28,7 @@ import sharded_avg
 from sharded_avg import EMA, SWA, ConfigError, ShardedAverage
 from sharded_avg.commands.consolidate import Target, consolidate, guess_format
 from sharded_avg.files import sinks
-from sharded_avg.files.sinks import slabs
-from sharded_avg.files.source import TensorInfo
+from sharded_avg.files.source import TensorInfo, slabs
 from sharded_avg.files.stored import contiguous_stride
 from sharded_avg.formats.open import open_source
 from sharded_avg.shard import take

@@ -17,9 +17,11 @@ import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, NotStartedError, ShardedAverage
 from sharded_avg.files import stored
 from sharded_avg.files.dcp_folder import DcpFolder
-from sharded_avg.files.source import AbstractSource, TensorInfo
-from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
+from sharded_avg.files.safetensors_file import SafetensorsFiles
+from sharded_avg.files.source import AbstractSource, TensorInfo, slabs
+from sharded_avg.files.torch_file import TorchFile
 from sharded_avg.formats.open import open_source
+from sharded_avg.saved import from_source
 from sharded_avg.saved.from_source import SourceItem
 from sharded_avg.shard import Box, take
 
@@ -135,10 +137,8 @@ class Cut(AbstractSource):
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
-
-    @property
-    def infos(self) -> dict[str, TensorInfo]:
-        return {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in self.values.items()}
+        self.infos = {name: TensorInfo(tuple(value.shape), value.dtype) for name, value in values.items()}
+        self.facts = {}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         return take(self.values[name], box or Box.whole(self.values[name].shape)).contiguous()
@@ -146,10 +146,7 @@ class Cut(AbstractSource):
 
 def test_dcp_folder_of_many_pieces(tmp_path, monkeypatch, piece_bytes):
     """Each tensor is stored in Boxes of at most 6 bytes to 6 floats, as if as many ranks had written it."""
-    from sharded_avg.files import sinks
-
-    whole = sinks.slabs
-    monkeypatch.setattr(sinks, "slabs", lambda info: whole(info, max_bytes=24))
+    monkeypatch.setattr(from_source, "slabs", lambda info: slabs(info, max_bytes=24))
     expected = {name: tensor for name, tensor in tensors().items() if tensor.numel()}
     source = Cut(expected)
     dcp.save({name: SourceItem(source, name) for name in expected}, checkpoint_id=tmp_path / "x")

@@ -22,7 +22,8 @@ import sharded_avg
 from sharded_avg import SWA, CheckpointError, ShardedAverage
 from sharded_avg.commands.cli import main
 from sharded_avg.files.pickles import load_inert
-from sharded_avg.files.weight_files import SafetensorsFiles, TorchFile
+from sharded_avg.files.safetensors_file import SafetensorsFiles
+from sharded_avg.files.torch_file import TorchFile
 from sharded_avg.formats.open import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
