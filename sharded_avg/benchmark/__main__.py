@@ -6,7 +6,7 @@ import argparse
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -42,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(QUICK if options.quick else Sizes(), rounds, options.threads)
     torch.set_num_threads(settings.num_threads)
     report = Report(clock_for(settings.num_threads)[0], settings.num_threads, settings.num_rounds, options.quick)
-    for key, measured in _measurements(settings):
+    measurements = {key: partial(_here, build, settings) for key, build in cases(settings.sizes)}
+    measurements |= {job.key: partial(run, job, settings) for job in JOBS}
+    for key, measured in measurements.items():
         if key not in options.only:
             continue
         print(f"{key} ...", file=sys.stderr, flush=True)
@@ -55,13 +57,6 @@ def main(argv: list[str] | None = None) -> int:
         gc.collect()  # the next case needs the memory
     print(report.to_json() if options.json else report.to_markdown() if options.markdown else report.to_text())
     return 0
-
-
-def _measurements(settings: Settings) -> Iterator[tuple[str, Callable[[], Outcome]]]:
-    for key, build in cases(settings.sizes):
-        yield key, partial(_here, build, settings)
-    for job in JOBS:
-        yield job.key, partial(run, job, settings)
 
 
 def _here(build: Callable[[], Case], settings: Settings) -> Outcome:

@@ -31,11 +31,6 @@ def started(model: nn.Module, num_averages: int = 1) -> ShardedAverage:
     return average
 
 
-def memory_of(average: ShardedAverage, local_numel: int) -> Memory:
-    """What this rank holds, beside what it has to."""
-    return Memory(local_numel, average.nbytes, average.scratch_nbytes)
-
-
 def ours(average: ShardedAverage, moved_bytes: int, target: float | None = None) -> Contender:
     """`average.update`, as a contender."""
     return Contender(OURS, average.update, moved_bytes, target)
@@ -48,7 +43,7 @@ def update_case(name: str, make: Callable[[], nn.Module], target: float | None =
     contenders = [base(numel), ours(average, BYTES_FP32 * numel, target)]
     contenders.append(Contender("lerp_ of each tensor", lerp_each(model), BYTES_FP32 * numel))
     contenders += [Contender(rival, update, BYTES_FP32 * numel, is_rival=True) for rival, update in installed(model)]
-    return Case(name, contenders, memory_of(average, numel))
+    return Case(name, contenders, Memory.of(average, numel))
 
 
 def bf16_case(count: int, numel: int) -> Case:
@@ -56,7 +51,7 @@ def bf16_case(count: int, numel: int) -> Case:
     model = tensors(count, numel, torch.bfloat16)
     average, total = started(model), count * numel
     contenders = [base(total), ours(average, BYTES_BF16 * total, target=1.7)]
-    return Case(f"bf16 weights, fp32 average: {count:,} x {numel:,}", contenders, memory_of(average, total))
+    return Case(f"bf16 weights, fp32 average: {count:,} x {numel:,}", contenders, Memory.of(average, total))
 
 
 def several_case(count: int, numel: int, num_averages: int) -> Case:

@@ -28,9 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from .. import ShardedAverage
 from ..ranks import leave
-from .local import BYTES_FP32, base, memory_of, ours, started
+from .local import BYTES_FP32, base, ours, started
 from .rivals import gather_then_average
 from .timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
 from .weights import Sizes, numel_of, transformer
@@ -91,32 +90,29 @@ def _transformer(sizes: Sizes) -> tuple[str, nn.Module]:
     )
 
 
-def _lying_together(name: str, average: ShardedAverage, numel: int) -> Case:
+def lying_together(sizes: Sizes, *, make: Make, name: str, engine: Callable[[nn.Module], Any]) -> Case:
+    """An engine whose shards lie together in memory: one `lerp_`, whatever their number."""
+    shapes, model = make(sizes)
+    numel = numel_of(model)
+    average = started(engine(model))
     contenders = [base(numel), ours(average, BYTES_FP32 * numel, target=1.3)]
-    return Case(name, contenders, memory_of(average, numel))
+    return Case(f"{name}, 1 rank: {shapes}", contenders, Memory.of(average, numel))
 
 
-def fsdp1(sizes: Sizes, *, make: Make) -> Case:
+def fsdp1(model: nn.Module) -> nn.Module:
     """All parameters in one flat parameter."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    name, model = make(sizes)
-    numel = numel_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on one rank FSDP falls back to NO_SHARD, and says so
-        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-    return _lying_together(f"FSDP1, 1 rank: {name}", started(wrapped), numel)
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
-def zero(sizes: Sizes, *, make: Make, stage: int) -> Case:
-    """A bf16 model with fp32 masters, which are what is averaged."""
-    name, model = make(sizes)
-    numel = numel_of(model)
-    return _lying_together(f"ZeRO-{stage}, 1 rank: {name}", started(_deepspeed_engine(model, stage)), numel)
+def zero(model: nn.Module, stage: int) -> Any:
+    """A DeepSpeedEngine with a bf16 model and fp32 masters, which are what is averaged.
 
-
-def _deepspeed_engine(model: nn.Module, stage: int) -> Any:
-    """A DeepSpeedEngine after one step: an average takes in nothing before that."""
+    It has made a step: an average takes in nothing before that.
+    """
     scripts = str(Path(sys.executable).parent)  # DeepSpeed builds an op once, and looks for ninja in PATH
     os.environ.update(DS_ACCELERATOR="cpu", PATH=os.pathsep.join([scripts, os.environ.get("PATH", "")]))
     import deepspeed
@@ -154,7 +150,7 @@ def gathering(sizes: Sizes) -> Case:
         Contender("gather, then average", gather_then_average(sharded), BYTES_FP32 * total, is_rival=True),
     ]
     name = f"FSDP2, {dist.get_world_size()} ranks: transformer, {layers} layers of width {width}"
-    return Case(name, contenders, memory_of(average, local))
+    return Case(name, contenders, Memory.of(average, local))
 
 
 def replicated(sizes: Sizes) -> Case:
@@ -172,16 +168,19 @@ def replicated(sizes: Sizes) -> Case:
         Contender(OURS, average.update, BYTES_FP32 * local),
     ]
     name = f"DDP, {dist.get_world_size()} ranks: transformer, {layers} layers of width {width}"
-    return Case(name, contenders, memory_of(average, local))
+    return Case(name, contenders, Memory.of(average, local))
 
 
+_FSDP1 = partial(lying_together, name="FSDP1", engine=fsdp1)
+_ZERO2 = partial(lying_together, name="ZeRO-2", engine=partial(zero, stage=2))
+_ZERO3 = partial(lying_together, name="ZeRO-3", engine=partial(zero, stage=3))
 JOBS = (
-    Job("fsdp1", partial(fsdp1, make=_transformer)),
-    Job("zero2", partial(zero, make=_transformer, stage=2), needs="deepspeed"),
-    Job("zero3", partial(zero, make=_transformer, stage=3), needs="deepspeed"),
-    Job("fsdp1-small", partial(fsdp1, make=_small)),
-    Job("zero2-small", partial(zero, make=_small, stage=2), needs="deepspeed"),
-    Job("zero3-small", partial(zero, make=_small, stage=3), needs="deepspeed"),
+    Job("fsdp1", partial(_FSDP1, make=_transformer)),
+    Job("zero2", partial(_ZERO2, make=_transformer), needs="deepspeed"),
+    Job("zero3", partial(_ZERO3, make=_transformer), needs="deepspeed"),
+    Job("fsdp1-small", partial(_FSDP1, make=_small)),
+    Job("zero2-small", partial(_ZERO2, make=_small), needs="deepspeed"),
+    Job("zero3-small", partial(_ZERO3, make=_small), needs="deepspeed"),
     Job("fsdp2", gathering, num_ranks=2),
     Job("ddp", replicated, num_ranks=2),
 )

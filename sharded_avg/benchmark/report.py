@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ import torch
 
 from .timing import OURS, Memory, Timing
 
-Table = Callable[[tuple[str, ...], list[tuple[str, ...]]], str]  # headers and rows to text
+Table = Callable[[tuple[str, ...], Sequence[tuple[str, ...]]], str]  # headers and rows to text
 
 _HEADERS = ("case", "what", "median", "ratio", "10-90 %", "target", "floor")
 _MEMORY_HEADERS = ("case", "local elements x 4", "bytes held", "ratio", "scratch")
@@ -65,20 +65,31 @@ class Report:
         return self._render(_markdown_table)
 
     def _render(self, table: Table) -> str:
-        rows = [_row(timing) for timing in self.timings]
-        held = [_memory_row(case, memory) for case, memory in self.memory.items()]
-        parts = [self._heading(), table(_HEADERS, rows), table(_MEMORY_HEADERS, held), *self._notes()]
-        return "\n\n".join(parts)
-
-    def _heading(self) -> str:
         packages = ", ".join(f"{name} {number}" for name, number in versions().items())
-        return (
+        heading = (
             f"{date.today().isoformat()}; {machine()}; {packages}. Threads: {self.num_threads} "
             f"(OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}). Medians of {self.num_rounds} rounds, "
             f"contenders in turns, each ratio to the first line of its case in the same round. Clock: {self.clock}; "
             "wall time where there are several ranks. Floor: bytes that have to be moved over the bandwidth of copy_, "
             "measured on as many bytes in the same rounds."
         )
+        rows = [
+            (
+                timing.case,
+                timing.name,
+                _time(timing.median_s),
+                f"{timing.ratio:.2f}",
+                f"{timing.ratio_low:.2f}-{timing.ratio_high:.2f}",
+                "" if timing.target is None else f"<= {timing.target:g}",
+                _time(timing.floor_s),
+            )
+            for timing in self.timings
+        ]
+        held = [
+            (case, f"{4 * m.local_numel:,}", f"{m.nbytes:,}", f"{m.ratio:.4f}", f"{m.scratch_nbytes:,}")
+            for case, m in self.memory.items()
+        ]
+        return "\n\n".join([heading, table(_HEADERS, rows), table(_MEMORY_HEADERS, held), *self._notes()])
 
     def _notes(self) -> Iterator[str]:
         for job, why in self.skipped.items():
@@ -91,48 +102,27 @@ class Report:
         yield f"Rivals that are not slower: {'; '.join(f'{t.case}, {t.name}' for t in self.not_beaten) or 'none'}."
 
 
-def _text_table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Columns padded to one width; a case is named once."""
+def _text_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns padded to one width, numbers to the right; a case is named once."""
     shown = [headers, *_without_repeats(rows)]
     widths = [max(len(row[column]) for row in shown) for column in range(len(headers))]
-    return "\n".join(
-        "  ".join(_padded(cell, width, column) for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in shown
-    )
+    lines = []
+    for row in shown:
+        cells = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
+        cells += [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
-def _padded(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if column > 1 else cell.ljust(width)
-
-
-def _markdown_table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """A pipe table; a case is named once."""
     lines = [headers, tuple("---" if column < 2 else "---:" for column in range(len(headers)))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [*lines, *_without_repeats(rows)])
 
 
-def _without_repeats(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _without_repeats(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     cases = ["", *(row[0] for row in rows)]
     return [("" if row[0] == before else row[0], *row[1:]) for row, before in zip(rows, cases[:-1], strict=True)]
-
-
-def _row(timing: Timing) -> tuple[str, ...]:
-    target = "" if timing.target is None else f"<= {timing.target:g}"
-    spread = f"{timing.ratio_low:.2f}-{timing.ratio_high:.2f}"
-    return (
-        timing.case,
-        timing.name,
-        _time(timing.median_s),
-        f"{timing.ratio:.2f}",
-        spread,
-        target,
-        _time(timing.floor_s),
-    )
-
-
-def _memory_row(case: str, memory: Memory) -> tuple[str, ...]:
-    expected = f"{4 * memory.local_numel:,}"
-    return case, expected, f"{memory.nbytes:,}", f"{memory.ratio:.4f}", f"{memory.scratch_nbytes:,}"
 
 
 def _time(seconds: float) -> str:

@@ -20,6 +20,8 @@ from statistics import median, quantiles
 
 import torch
 
+from .. import ShardedAverage
+
 NUM_WARMUPS = 3
 OURS = "ShardedAverage.update"
 _COPY = "(copy)"
@@ -46,6 +48,11 @@ class Memory:
     local_numel: int  # averaged elements that the rank owns
     nbytes: int
     scratch_nbytes: int
+
+    @classmethod
+    def of(cls, average: ShardedAverage, local_numel: int) -> Memory:
+        """Of the rank that calls, beside what it has to hold."""
+        return cls(local_numel, average.nbytes, average.scratch_nbytes)
 
     @property
     def ratio(self) -> float:
@@ -95,7 +102,10 @@ def measure(case: Case, *, num_rounds: int, clock: Clock, between: Callable[[], 
 
     The order is the same on every rank.
     """
-    contenders = [*case.contenders, _copy_contender(case)]
+    # A copy whose source and target together are as large as what the base reads and writes.
+    nbytes = max(1, case.contenders[0].moved_bytes // 3)
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
+    contenders = [*case.contenders, Contender(_COPY, lambda: target.copy_(source), 3 * nbytes)]
     for contender in contenders * NUM_WARMUPS:
         between()
         contender.call()
@@ -110,13 +120,6 @@ def measure(case: Case, *, num_rounds: int, clock: Clock, between: Callable[[], 
     bandwidth = contenders[-1].moved_bytes / max(median(times[_COPY]), _TICK_S)
     base = times[case.contenders[0].name]
     return [_timing(case.name, contender, times[contender.name], base, bandwidth) for contender in case.contenders]
-
-
-def _copy_contender(case: Case) -> Contender:
-    """A copy whose source and target together are as large as what the base reads and writes."""
-    nbytes = max(1, case.contenders[0].moved_bytes // 3)
-    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.ones(nbytes, dtype=torch.uint8)
-    return Contender(_COPY, lambda: target.copy_(source), 3 * nbytes)
 
 
 def _timing(case: str, contender: Contender, times: list[float], base: list[float], bandwidth: float) -> Timing:

@@ -19,10 +19,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..averager import ShardedAverage
-from ..errors import ConfigError
-from ..rules.base import AbstractLerpRule, AbstractRule
-from ..rules.custom import AvgFn, MultiAvgFn
+from .. import AbstractRule, ConfigError, ShardedAverage
+from ..integration import AbstractLerpRule, AvgFn, MultiAvgFn
 from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in
@@ -165,7 +163,7 @@ class WeightAveraging(Callback):
 
     def built(self, model: Any, pending: Pending | None = None) -> ShardedAverage:
         """Collective: all ranks must call. A new average of `model`, with room for what is pending."""
-        saved = frozenset() if pending is None else frozenset(pending.names)
+        saved = frozenset() if pending is None or pending.manifest is None else frozenset(pending.manifest.tensors)
         with torch.inference_mode(False):
             return ShardedAverage(
                 model,
@@ -193,31 +191,29 @@ class WeightAveraging(Callback):
             self._update(weights, trainer)
             self._has_caught_up = True  # what else steps in this batch is of the same step
 
+    def _is_due(self, step: int) -> bool:
+        return bool(self.should_update(step_idx=step - 1))
+
     def _update(self, weights: Weights, trainer: Any) -> None:
         self.current_epoch = trainer.current_epoch
         if self._refuses_nonfinite(weights) or not weights.average.update():
             return
         self._latest_update_step = trainer.global_step
-        if self.log_every_n_updates and weights.average.n_averaged % self.log_every_n_updates == 0:
-            self._log(weights.average, trainer)
-
-    def _is_due(self, step: int) -> bool:
-        return bool(self.should_update(step_idx=step - 1))
+        if not self.log_every_n_updates or weights.average.n_averaged % self.log_every_n_updates:
+            return
+        values, n = {"average/distance": weights.average.distance()}, weights.average.n_averaged
+        if isinstance(self.rule, AbstractLerpRule):
+            values["average/decay"] = 1 - self.rule.weight(n - 1) if n > 1 else 0.0  # the first update copies
+        # To the loggers themselves: what a module logs in one batch, Lightning repeats in the batches after it.
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def _refuses_nonfinite(self, weights: Weights) -> bool:
         if not self.skip_nonfinite or weights.average.live_is_finite():
             return False
         self.say("the weights have a NaN or an infinity: this update of the average is left out")
         return True
-
-    def _log(self, average: ShardedAverage, trainer: Any) -> None:
-        """To the loggers themselves: what a module logs in one batch, Lightning repeats in the batches after it."""
-        values, n = {"average/distance": average.distance()}, average.n_averaged
-        if isinstance(self.rule, AbstractLerpRule):
-            values["average/decay"] = 1 - self.rule.weight(n - 1) if n > 1 else 0.0  # the first update copies
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Update after the epoch, if the last batch did not see that it was one."""
@@ -235,35 +231,19 @@ class WeightAveraging(Callback):
     # -- evaluating ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The average in."""
-        self._enter(trainer, pl_module)
-
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The average in."""
-        self._enter(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The average in."""
-        self._enter(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The raw weights back."""
-        self.holdings.leave()
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The raw weights back."""
-        self.holdings.leave()
-
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Collective: all ranks must call. The raw weights back."""
-        self.holdings.leave()
-
-    def _enter(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The average in, for a test and a prediction as well."""
         if trainer.sanity_checking:
             return
         weights = self.holdings.to_evaluate(trainer, pl_module)
         if weights is not None and self.evaluate_with != "raw" and not self._is_raw_pass:
             weights.enter()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Collective: all ranks must call. The raw weights back."""
+        self.holdings.leave()
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     @contextmanager
     def raw_pass(self, trainer: Any) -> Iterator[None]:
@@ -328,17 +308,14 @@ class WeightAveraging(Callback):
 
     def found(self, trainer: Any, pending: Pending | None, *, silently: bool) -> None:
         """A checkpoint was read, with this average in it or without one."""
-        is_fit = trainer.state.fn == "fit"
+        is_fit, module = trainer.state.fn == "fit", trainer.lightning_module
         if pending is None and not silently:
             then = "a new average starts from them" if is_fit else "they are evaluated as they are"
             self.say(f"the checkpoint has no average in it: its weights are used, and {then}")
-        if not (is_fit and self._has(trainer.lightning_module, pending)):
-            self.holdings.found(trainer.lightning_module, pending, is_fit=is_fit)
-
-    def _has(self, module: Any, pending: Pending | None) -> bool:
-        """Whether this is the present average: in the middle of a run, tuners read again what they have just saved."""
-        weights = None if self._watch is None else self.holdings.of(module)
-        return weights is not None and pending is not None and pending.manifest == weights.average.manifest()
+        present = self.holdings.of(module) if is_fit and self._watch is not None else None
+        if present is not None and pending is not None and pending.manifest == present.average.manifest():
+            return  # in the middle of a run, tuners read again what they have just saved
+        self.holdings.found(module, pending, is_fit=is_fit)
 
     @staticmethod
     def say(message: str) -> None:

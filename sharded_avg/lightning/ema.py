@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError
-from ..rules.ema import EMA
+from .. import EMA, ConfigError
 from .callback import WeightAveraging
 from .settings import count
 

@@ -10,14 +10,19 @@ about a module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ref
 
 import torch
 
-from ..errors import LayoutChangedError
+from .. import LayoutChangedError
 from .resuming import Pending, load_quietly
 from .weights import Weights
+
+
+def _nothing() -> None:
+    """A reference to no module."""
 
 
 class Holdings:
@@ -28,8 +33,8 @@ class Holdings:
         self.training: Weights | None = None
         self.pending: Pending | None = None
         self.evaluated: Weights | None = None
-        self._trained: ReferenceType[Any] | None = None  # the module that `training` is of
-        self._loaded_into: ReferenceType[Any] | None = None  # a module that an evaluation loaded other weights into
+        self._trained: Callable[[], Any] = _nothing  # the module that `training` is of
+        self._loaded_into: Callable[[], Any] = _nothing  # a module that an evaluation loaded other weights into
         self._fit_has_loaded = False  # this fit began with a checkpoint
 
     def new_run(self) -> None:
@@ -38,14 +43,11 @@ class Holdings:
 
     def of(self, module: Any) -> Weights | None:
         """The weights of the training, if it is this module's."""
-        return self.training if self._trained is not None and self._trained() is module else None
+        return self.training if self._trained() is module else None
 
     def in_model(self, module: Any) -> Weights | None:
         """The same, unless an evaluation has loaded other weights into the module."""
-        return None if self._is_loaded(module) else self.of(module)
-
-    def _is_loaded(self, module: Any) -> bool:
-        return self._loaded_into is not None and self._loaded_into() is module
+        return None if self._loaded_into() is module else self.of(module)
 
     def found(self, module: Any, pending: Pending | None, *, is_fit: bool) -> None:
         """A checkpoint was read into the module, perhaps with an average for it."""
@@ -72,27 +74,20 @@ class Holdings:
         """Collective: all ranks must call. The weights of a fit: where an earlier one or a checkpoint left them."""
         model, before = trainer.strategy.model, self.in_model(module)
         goes_on = before is not None and self.pending is None and not self._fit_has_loaded
-        self.training = self._continued(before, model) if before is not None and goes_on else self._started(model)
-        self._trained, self.pending = ref(module), None
-        self._loaded_into, self._fit_has_loaded = None, False
-        return self.training
-
-    def _continued(self, before: Weights, model: Any) -> Weights:
-        weights = before if before.is_of(model) else self._heir(before, model)
-        if weights.unfinish():
-            return weights
-        self._callback.say("the weights were changed since the last fit: a new average starts from them")
-        return self._new(model)
-
-    def _started(self, model: Any) -> Weights:
-        weights = self._new(model, self.pending)
-        if self.pending is None:
-            return weights
-        problem = load_quietly(self.pending, weights.average, self._callback.strict)
-        if not problem:
-            return weights
-        self._callback.say(f"a new average starts from the weights of the checkpoint: {problem}")
-        return self._new(model)
+        if before is not None and goes_on:
+            weights = before if before.is_of(model) else self._heir(before, model)
+            if not weights.unfinish():
+                self._callback.say("the weights were changed since the last fit: a new average starts from them")
+                weights = self._new(model)
+        else:
+            weights = self._new(model, self.pending)
+            problem = "" if self.pending is None else load_quietly(self.pending, weights.average, self._callback.strict)
+            if problem:
+                self._callback.say(f"a new average starts from the weights of the checkpoint: {problem}")
+                weights = self._new(model)
+        self.training, self._trained, self.pending = weights, ref(module), None
+        self._loaded_into, self._fit_has_loaded = _nothing, False
+        return weights
 
     def _new(self, model: Any, pending: Pending | None = None) -> Weights:
         return Weights(self._callback.built(model, pending), model)
@@ -123,7 +118,7 @@ class Holdings:
             return self.of(module)
         if self.pending is not None:
             self.bring_in(trainer.strategy.model)
-        return self.evaluated if self._is_loaded(module) else self.reachable(trainer, module)
+        return self.evaluated if self._loaded_into() is module else self.reachable(trainer, module)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Collective: all ranks must call. Raw weights back, wherever they were exchanged."""

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from .patches import replaced
 from .trainers import is_named
 
 
+@dataclass(eq=False, repr=False)
 class BothPasses:
     """Stands in place of one evaluation loop's `run`."""
 
-    def __init__(self, callback: Any, trainer: Any, original: Callable[[], Any]) -> None:
-        self._callback, self._trainer, self._original = callback, trainer, original
+    callback: Any
+    trainer: Any
+    original: Callable[[], Any]
 
     def __call__(self) -> Any:
         """Evaluate twice, but for the sanity check; one list of metrics."""
-        if self._trainer.sanity_checking:
-            return self._original()
-        with self._callback.raw_pass(self._trainer), _prefixed(self._trainer, self._callback.raw_prefix):
-            raw = self._original()
-        averaged = self._original()
+        if self.trainer.sanity_checking:
+            return self.original()
+        with self.callback.raw_pass(self.trainer), _prefixed(self.trainer, self.callback.raw_prefix):
+            raw = self.original()
+        averaged = self.original()
         for of_average, of_raw in zip(averaged, raw, strict=True):
             of_average.update(of_raw)
         return averaged
@@ -43,9 +46,10 @@ def _prefixed(trainer: Any, prefix: str) -> Iterator[None]:
         yield
 
 
+@dataclass(eq=False, repr=False)
 class _PrefixedLog:
-    def __init__(self, log: Callable[..., Any], prefix: str) -> None:
-        self._log, self._prefix = log, prefix
+    log: Callable[..., Any]
+    prefix: str
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        return self._log(self._prefix + name, *args, **kwargs)
+        return self.log(self.prefix + name, *args, **kwargs)

@@ -11,22 +11,24 @@ The module's `on_load_checkpoint` sees each copy once, under `state_dict`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..averager import ShardedAverage
-from ..errors import CheckpointError, PeerError
-from ..files.source import AbstractSource, TensorInfo
-from ..formats.importers import find_importer
-from ..ranks import all_or_none, gather_objects
-from ..saved.folder import everyone, read_manifest
-from ..saved.manifest import AverageRecord, Manifest, TensorRecord
-from ..weights import names
-from ..weights.write import write_live
+from .. import CheckpointError, PeerError, ShardedAverage
+from ..integration import (
+    Manifest,
+    all_or_none,
+    clean,
+    everyone,
+    find_importer,
+    gather_objects,
+    read_manifest,
+    write_live,
+)
 from .saving import AVERAGE_FOLDER, KEY, containers_copied
 from .trainers import job_group, loads_by_itself
 
@@ -45,15 +47,17 @@ class Pending:
     step: int = 0
     is_in_model: bool = False  # the strategy loads it as the model's weights, and nothing else is wanted
 
-    @property
-    def names(self) -> set[str]:
-        """The averaged parameters, as far as the checkpoint says which."""
-        return set() if self.manifest is None else set(self.manifest.tensors)
-
     def into(self, average: ShardedAverage) -> None:
         """Collective: all ranks must call. Raises `CheckpointError` if it does not fit, or is of another save."""
         if self.full is None and self.n_averaged:
-            result = average.load(self._folder(average), strict=False)
+            folder = self.path / AVERAGE_FOLDER
+            _, found = read_manifest(folder, average.process_group)
+            if found != self.manifest:
+                raise CheckpointError(
+                    f"{str(folder)!r} is the average after {_counts(found)}, and the checkpoint that it lies in was "
+                    f"saved with the one after {_counts(self.manifest)}: they do not belong together"
+                )
+            result = average.load(folder, strict=False)
         else:
             with all_or_none(average.process_group, f"reading the average in {str(self.path)!r}"):
                 result = average.load_full({AVERAGE: self.full or {}}, self._described(average), strict=False)
@@ -61,43 +65,40 @@ class Pending:
         if result.unexpected_keys or result.misfits or (self.manifest is None and result.missing_keys):
             raise CheckpointError(f"the average in {str(self.path)!r} does not fit this model: {result}")
 
-    def _folder(self, average: ShardedAverage) -> Path:
-        folder = self.path / AVERAGE_FOLDER
-        _, found = read_manifest(folder, average.process_group)
-        if found != self.manifest:
-            raise CheckpointError(
-                f"{str(folder)!r} is the average after {_counts(found)}, and the checkpoint that it lies in was saved "
-                f"with the one after {_counts(self.manifest)}: they do not belong together"
-            )
-        return folder
-
     def _described(self, average: ShardedAverage) -> Manifest:
         full, mine = self.full or {}, average.manifest()
-        tensors = {name: _record(full, name) for name in mine.tensors if name in full}
+        infos = full.infos if isinstance(full, FileTensors) else full
+        tensors = {
+            name: replace(record, shape=list(infos[name].shape), dtype=str(infos[name].dtype).removeprefix("torch."))
+            for name, record in mine.tensors.items()
+            if name in infos
+        }
         if self.manifest is not None:
-            return Manifest(step=self.manifest.step, averages=self.manifest.averages, tensors=tensors)
-        record = AverageRecord(rule=mine.averages[AVERAGE].rule, n_averaged=self.n_averaged)
-        return Manifest(step=self.step, averages={AVERAGE: record}, tensors=tensors)
+            return replace(mine, step=self.manifest.step, averages=self.manifest.averages, tensors=tensors)
+        record = replace(mine.averages[AVERAGE], n_averaged=self.n_averaged, updates=[])
+        return replace(mine, step=self.step, averages={AVERAGE: record}, tensors=tensors)
 
 
+@dataclass(eq=False, repr=False)
 class LoadHook:
     """Stands in place of one strategy's `load_checkpoint`."""
 
-    def __init__(self, callback: Any, trainer: Any, original: Callable[..., Any]) -> None:
-        self.callback, self._trainer, self._original = callback, trainer, original
+    callback: Any
+    trainer: Any
+    original: Callable[..., Any]
 
     def __call__(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as the strategy does; the average waits in the callback."""
-        checkpoint = self._original(checkpoint_path, *args, **kwargs)
+        checkpoint = self.original(checkpoint_path, *args, **kwargs)
         is_ours = KEY in checkpoint  # from before the first update, if it has no average: a tuner's, for one
-        if is_ours and checkpoint[KEY].get("weights") == AVERAGE and self.callback.wants_raw(self._trainer):
+        if is_ours and checkpoint[KEY].get("weights") == AVERAGE and self.callback.wants_raw(self.trainer):
             self.callback.say("the checkpoint was saved with weights only: its weights are the average, none are raw")
         # What is read here is read by each rank for itself, and can fail on one.
-        with all_or_none(job_group(self._trainer), f"reading the average in {str(checkpoint_path)!r}"):
+        with all_or_none(job_group(self.trainer), f"reading the average in {str(checkpoint_path)!r}"):
             pending, raw = self._found(Path(checkpoint_path), checkpoint)
         if raw is not None:
-            write_live(self._trainer.strategy.model, {names.clean(key): value for key, value in raw.items()})
-        self.callback.found(self._trainer, pending, silently=is_ours)
+            write_live(self.trainer.strategy.model, {clean(key): value for key, value in raw.items()})
+        self.callback.found(self.trainer, pending, silently=is_ours)
         return checkpoint
 
     def _found(self, path: Path, checkpoint: dict[str, Any]) -> tuple[Pending | None, dict[str, Any] | None]:
@@ -117,31 +118,33 @@ class LoadHook:
         raw = checkpoint.pop("current_model_state")
         steps = int(checkpoint.get("global_step", count)) // max(1, len(checkpoint.get("optimizer_states", [])))
         pending = Pending(path, manifest, n_averaged=count, step=steps)
-        if not self.callback.wants_raw(self._trainer):
+        if not self.callback.wants_raw(self.trainer):
             pending.is_in_model = True
-        elif loads_by_itself(self._trainer.strategy):
+        elif loads_by_itself(self.trainer.strategy):
             pending.full = FileTensors(path)
             return pending, raw
         else:
             averaged, checkpoint["state_dict"] = checkpoint["state_dict"], raw
-            module = self._trainer.lightning_module
+            module = self.trainer.lightning_module
             module.on_load_checkpoint = _BothCopies(module, averaged, pending)
         return pending, None
 
 
+@dataclass(eq=False, repr=False)
 class _BothCopies:
     """In place of the module's `on_load_checkpoint`, once: the raw weights in the checkpoint, and the average."""
 
-    def __init__(self, module: Any, averaged: dict[str, Any], pending: Pending) -> None:
-        self._module, self._averaged, self._pending = module, averaged, pending
+    module: Any
+    averaged: dict[str, Any]
+    pending: Pending
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        del self._module.on_load_checkpoint
-        averaged = {**containers_copied(checkpoint), "state_dict": self._averaged}
-        self._module.on_load_checkpoint(checkpoint)
-        self._module.on_load_checkpoint(averaged)
+        del self.module.on_load_checkpoint
+        averaged = {**containers_copied(checkpoint), "state_dict": self.averaged}
+        self.module.on_load_checkpoint(checkpoint)
+        self.module.on_load_checkpoint(averaged)
         state = averaged["state_dict"]
-        self._pending.full = {names.clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        self.pending.full = {clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def forget_load(module: Any) -> None:
@@ -157,30 +160,22 @@ class FileTensors(Mapping[str, Tensor]):
         found = find_importer(path, "lightning", ignore_classes=True)
         if found is None:
             raise CheckpointError(f"{str(path)!r} cannot be read a second time, for its average")
-        self._source: AbstractSource = found.open()
+        self._source = found.open()
+        self.infos = self._source.infos  # shapes and dtypes, without reading
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._source.infos:
+        if name not in self.infos:
             raise KeyError(name)
         return self._source.read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._source.infos
+        return name in self.infos
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._source.infos)
-
-    def info(self, name: str) -> TensorInfo:
-        """Shape and dtype, without reading."""
-        return self._source.infos[name]
+        return iter(self.infos)
 
     def __len__(self) -> int:
-        return len(self._source.infos)
-
-
-def _record(full: Mapping[str, Tensor], name: str) -> TensorRecord:
-    info = full.info(name) if isinstance(full, FileTensors) else full[name]
-    return TensorRecord(shape=list(info.shape), dtype=str(info.dtype).removeprefix("torch."))
+        return len(self.infos)
 
 
 def _counts(manifest: Manifest | None) -> str:
@@ -198,7 +193,11 @@ def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str
     except BaseException as failure:
         error = failure
     # What failed on one rank only is a PeerError on the others: they do as it does.
-    reasons: list[str | None] = gather_objects(everyone(average.process_group), _reason(error))
+    reason: str | None = ""  # why a saved average cannot be used; `None` for an error of another kind
+    if error is not None:
+        reason = _ELSEWHERE if isinstance(error, PeerError) else None
+        reason = str(error) if isinstance(error, CheckpointError) else reason
+    reasons: list[str | None] = gather_objects(everyone(average.process_group), reason)
     if not strict and None not in reasons:
         said = sorted(filter(None, reasons), key=_ELSEWHERE.__eq__)
         return said[0] if said else ""
@@ -209,10 +208,3 @@ def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str
             f"{error}. To start a new average from the weights of this checkpoint, give the callback strict=False"
         ) from error
     raise error
-
-
-def _reason(error: BaseException | None) -> str | None:
-    """Why a saved average cannot be used; "" if it can, and `None` for an error of another kind."""
-    if error is None or isinstance(error, PeerError):
-        return "" if error is None else _ELSEWHERE
-    return str(error) if isinstance(error, CheckpointError) else None

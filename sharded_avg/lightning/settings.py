@@ -6,10 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..errors import ConfigError
-from ..rules.base import AbstractRule
-from ..rules.custom import AvgFn, CustomRule, MultiAvgFn
-from ..rules.swa import SWA
+from .. import SWA, AbstractRule, ConfigError, CustomRule
+from ..integration import AvgFn, MultiAvgFn
 
 _SETTINGS = {"evaluate_with": ("average", "raw", "both"), "end_with": ("average", "raw")}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..weights.layouts.zero.engine import steps_taken
+from ..integration import steps_taken
 from .trainers import is_named
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..errors import EngineVersionError
+from .. import EngineVersionError
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _SUPPORTED = ">=2.6"

@@ -17,9 +17,8 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
-from ..averager import ShardedAverage
-from ..ranks import size_of
-from ..weights.aside import RawWeights
+from .. import ShardedAverage
+from ..integration import RawWeights, size_of
 
 
 class _Block:
@@ -42,14 +41,9 @@ class Weights:
         self._deferred: list[Callable[[], None]] = []
 
     @property
-    def finished(self) -> bool:
-        """Whether the model holds the average for good."""
-        return self._kept is not None
-
-    @property
     def exchanged(self) -> bool:
         """Whether the model holds something else than its raw weights."""
-        return self._swap is not None or self.finished
+        return self._swap is not None or self._kept is not None
 
     @property
     def is_moving(self) -> bool:
@@ -89,7 +83,7 @@ class Weights:
 
     def finish(self) -> None:
         """Collective: all ranks must call. Make the average the model's own, if there is one."""
-        if not self.average.n_averaged or self.finished:
+        if not self.average.n_averaged or self._kept is not None:
             return
         with self._moving(), torch.inference_mode(False):
             self._kept = self.average.raw_weights()
@@ -152,7 +146,8 @@ class Weights:
             yield block.is_raw
         except Exception as error:
             if size_of(self.average.process_group) > 1:
-                _note(error, "saving failed, and the model holds its raw weights from here on")
+                if hasattr(error, "add_note"):  # Python >= 3.11
+                    error.add_note("sharded_avg: saving failed, and the model holds its raw weights from here on")
                 raise
             self._go_back(was_swapped, block.is_raw)
             raise
@@ -166,8 +161,3 @@ class Weights:
         elif self._kept is not None and is_raw:
             with self._moving(), torch.inference_mode(False):
                 self.average.copy_to_model(undo=self._kept)
-
-
-def _note(error: Exception, text: str) -> None:
-    if hasattr(error, "add_note"):  # Python >= 3.11
-        error.add_note(f"sharded_avg: {text}")

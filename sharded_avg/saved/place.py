@@ -60,6 +60,11 @@ class AbstractPlace(ABC):
             self.move(found, self.path)
         self.remove(self.path + OUTGOING)
 
+    def forget(self) -> None:
+        """Remove the saved average, under whichever of the three names it lies."""
+        for suffix in ("", INCOMING, OUTGOING):
+            self.remove(self.path + suffix)
+
     @abstractmethod
     def publish(self) -> None:
         """Give the whole incoming folder its final name."""

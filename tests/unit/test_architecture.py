@@ -36,11 +36,14 @@ FLOORS = {
     "commands": 8,
     "": 9,  # sharded_avg/__init__.py
     "__main__": 9,
+    "integration": 9,
     "benchmark": 10,
     "lightning": 10,
 }
 # Rooms whose __init__.py says what they are and no more, so that an import of one file does not drag in the others.
 ROOMS = ("averages", "commands", "evaluation", "exchange", "files", "formats", "rules", "saved", "weights")
+# Rooms that each know one trainer: they use the public names, and what integration.py lists.
+INTEGRATIONS = ("lightning",)
 # (importer, imported): upward imports inside a function, each with a reason beside it.
 LAZY_UPWARD: set[tuple[str, str]] = set()
 
@@ -125,6 +128,12 @@ def test_imports_point_down() -> None:
         if FLOORS[there] >= FLOORS[here] and (module, imported) not in LAZY_UPWARD
     ]
     assert not upward, "\n".join(upward)
+
+
+@pytest.mark.parametrize("room", INTEGRATIONS)
+def test_integrations_use_public_names_and_the_list(room: str) -> None:
+    imported = {name for module in modules() if noun_of(module) == room for name in own_imports(module)}
+    assert {name for name in imported if noun_of(name) != room} <= {"", "integration"}
 
 
 def test_no_import_cycle() -> None:

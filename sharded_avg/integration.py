@@ -1,0 +1,43 @@
+"""What integrations use beside the public names of the package: one list, with nothing of its own.
+
+An integration knows one trainer (lightning/ knows Lightning) and imports from `sharded_avg` itself and from here, which
+tests/unit/test_architecture.py holds it to: so it can be read what a change inside of a room may break.
+
+    ranks     waiting for each other, and failing together, where a trainer's ranks may be anywhere
+    names     keys of a wrapped model's `state_dict()` as the user's own module has them
+    zero      what DeepSpeed's engine says of itself before there is an average to ask
+    saved     whether a folder and a checkpoint are of one save; averages that lie in a trainer's own file
+"""
+
+from .formats.importers import find_importer
+from .ranks import all_or_none, gather_objects, rank_in, rendezvous, size_of
+from .rules.base import AbstractLerpRule
+from .rules.custom import AvgFn, MultiAvgFn
+from .saved.folder import everyone, read_manifest
+from .saved.manifest import Manifest
+from .saved.place import place_of
+from .weights.aside import RawWeights
+from .weights.layouts.zero.engine import steps_taken, writes_checkpoints
+from .weights.names import clean
+from .weights.write import write_live
+
+__all__ = [
+    "AbstractLerpRule",
+    "AvgFn",
+    "Manifest",
+    "MultiAvgFn",
+    "RawWeights",
+    "all_or_none",
+    "clean",
+    "everyone",
+    "find_importer",
+    "gather_objects",
+    "place_of",
+    "rank_in",
+    "read_manifest",
+    "rendezvous",
+    "size_of",
+    "steps_taken",
+    "write_live",
+    "writes_checkpoints",
+]
