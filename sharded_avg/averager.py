@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .averages.arguments import as_device, as_dtype, as_rules, as_schedule, check_buffers, check_storage
+from .averages.arguments import as_buffers, as_device, as_dtype, as_rules, as_schedule, check_storage
 from .averages.state import State
 from .averages.store import AverageDtype, Store
 from .errors import ConfigError
@@ -36,6 +36,7 @@ from .saved.fit import LoadResult
 from .saved.folder import PendingSave
 from .saved.manifest import Manifest
 from .weights.aside import RawWeights
+from .weights.buffers import BufferPolicy
 from .weights.members import Include, Members
 
 
@@ -53,6 +54,10 @@ class ShardedAverage:
             dtype that is narrower than the weights' is taken at its word: the average is rounded to it.
         device: `None` is where each shard lives; "cpu" is host memory, pinned if shards live on a GPU.
         buffers: "copy" uses the live buffers; "average" averages floating-point persistent buffers, each rank its own.
+            A mapping of patterns (`fnmatch`) of names to one of these says it for some, `{"*.running_*": "average"}`,
+            "copy" for the rest, and the first pattern that fits for those that several fit; so does a predicate
+            `buffers(name, tensor) -> bool`, called as `include` is. State of torch's own modules whose mean means
+            nothing stays the live one in any case; docs/guide.md lists it.
         include: `include(name, tensor) -> bool` chooses parameters; by default those that require grad. It is called
             with a meta tensor of the full shape, the parameter's dtype and `requires_grad`, so that all ranks decide
             alike. Parameters left out cost nothing; full states take them from the live model. A parameter that comes
@@ -75,15 +80,14 @@ class ShardedAverage:
         *,
         dtype: AverageDtype = "auto",
         device: torch.device | str | None = None,
-        buffers: str = "copy",
+        buffers: str | Mapping[str, str] | BufferPolicy = "copy",
         include: Include | None = None,
         schedule: WhenFn | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules, when = as_rules(rule), as_schedule(schedule)
-        check_buffers(buffers)
         store = Store(tuple(rules), as_dtype(dtype), as_device(device))
-        members = Members(model, include, average_buffers=buffers == "average", process_group=process_group)
+        members = Members(model, include, buffers=as_buffers(buffers), process_group=process_group)
         for shard in members.averaged:
             check_storage(shard.name, store.dtype_of(shard))
         self._state = State(members, rules, when, store)

@@ -33,6 +33,53 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether several elements are one place in memory: after `expand`, say, or in sliding windows."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:  # perhaps; dims that interleave need not meet
+            return len(set(_offsets(tensor).tolist())) < tensor.numel()
+        reach += stride * (size - 1)
+    return False
+
+
+def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
+    """Two tensors that share a part of their memory but not all of it, if there are any; neither overlaps itself."""
+    spans: dict[int, list[tuple[int, int, int]]] = {}  # by storage: first byte, last byte, index
+    for index, tensor in enumerate(tensors):
+        if tensor.numel():
+            start = tensor.data_ptr()
+            reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+            last = start + (reach + 1) * tensor.element_size() - 1
+            spans.setdefault(tensor.untyped_storage().data_ptr(), []).append((start, last, index))
+    for together in spans.values():
+        together.sort()
+        furthest = together[0]
+        for span in together[1:]:
+            if span[0] <= furthest[1]:
+                left, right = tensors[furthest[2]], tensors[span[2]]
+                same = span[0] == furthest[0] and left.stride() == right.stride() and left.shape == right.shape
+                if not same and bool(torch.isin(_bytes(left), _bytes(right)).any()):
+                    return furthest[2], span[2]
+            furthest = max(furthest, span, key=lambda one: one[1])
+    return None
+
+
+def _offsets(tensor: Tensor) -> Tensor:
+    """Where each element lies, counted in elements from the first."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for stride, size in zip(tensor.stride(), tensor.shape, strict=True):
+        offsets = offsets.unsqueeze(-1) + torch.arange(size) * stride
+    return offsets.flatten()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The address of each element; of any two of different size, the smaller decides."""
+    return tensor.data_ptr() + _offsets(tensor) * tensor.element_size()
+
+
 def flatten(row: Row) -> Row:
     """The same elements as 1-D views in memory order, or the row itself if its tensors are laid out differently."""
     first = row[0]

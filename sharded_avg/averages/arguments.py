@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 
 import torch
 
 from ..errors import ConfigError
 from ..rules.base import AbstractRule
 from ..rules.schedule import Schedule, WhenFn
+from ..weights.buffers import BufferPolicy
 from .store import AverageDtype
 
 DEFAULT_NAME = "average"
@@ -78,12 +80,30 @@ def as_device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def check_buffers(buffers: str) -> None:
-    """Raise unless `buffers` is a known policy."""
-    if buffers not in BUFFER_POLICIES:
-        raise ConfigError(
-            f'buffers={buffers!r}: "copy" uses the live buffers, "average" averages floating-point persistent ones'
+def as_buffers(buffers: str | Mapping[str, str] | BufferPolicy) -> BufferPolicy:
+    """Which buffers are averaged, as a predicate, of those that can be; in a mapping the first pattern that fits says.
+
+    Patterns are those of `fnmatch`, case-sensitive: `*` matches dots, too.
+    """
+    if isinstance(buffers, str) and buffers in BUFFER_POLICIES:
+        return lambda name, tensor: buffers == "average"
+    if isinstance(buffers, Mapping):
+        patterns = tuple(buffers.items())
+        for pattern, policy in patterns:
+            if not isinstance(pattern, str) or policy not in BUFFER_POLICIES:
+                raise ConfigError(
+                    f"buffers={{{pattern!r}: {policy!r}}}: a pattern of names, such as '*.running_*', and \"copy\" or "
+                    '"average"'
+                )
+        return lambda name, tensor: (
+            next((policy for pattern, policy in patterns if fnmatchcase(name, pattern)), "copy") == "average"
         )
+    if callable(buffers):
+        return buffers
+    raise ConfigError(
+        f'buffers={buffers!r}: "copy" uses the live buffers, "average" averages floating-point persistent ones, '
+        "{'*.running_*': \"average\"} some of them by name, and so does a callable (name, tensor) -> bool"
+    )
 
 
 def check_storage(name: str, dtype: torch.dtype) -> None:

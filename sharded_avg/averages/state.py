@@ -84,9 +84,23 @@ class State:
         self.store.update(self.rules, {name: history.n_averaged for name, history in self.histories.items()})
         self.histories = {name: history.after(step) for name, history in self.histories.items()}
 
+    def look(self, *, live: bool = False) -> None:
+        """For saving and handing out: as `arrange`, but what the model no longer has is left out.
+
+        With `live`, raises `LayoutChangedError` if the live tensors cannot be read any more.
+        """
+        self.members.look(live=live)
+        self._follow()
+        if self.store.arranged and not self.members.lost and not self.members.stale:
+            self.arrange()
+
     def arrange(self, *, admit: bool = False) -> None:
-        """Point the store at the live shards, wherever they are now; with `admit`, newcomers join."""
+        """Point the store at the live shards, wherever they are now; with `admit`, newcomers join.
+
+        Raises `LayoutChangedError` if what is averaged is no longer in the model, or cut in another way.
+        """
         self.members.refresh()
+        self._follow()
         joined = admit and self.members.admit()
         if self._arranged_for is self.members.all:
             return
@@ -97,6 +111,11 @@ class State:
                 self.members.dismiss()
             raise
         self._arranged_for = self.members.all
+
+    def _follow(self) -> None:
+        for old, new in self.members.moved.items():
+            self.store.rename(old, new)
+        self.members.moved.clear()
 
     def replace(self, store: Store, histories: Mapping[str, History], step: int) -> None:
         """Go on with the values in `store`, which is of these members; averages without a history keep theirs."""

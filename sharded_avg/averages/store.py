@@ -64,6 +64,13 @@ class Store:
                 if shard_name in other:
                     view.copy_(other.view(name, shard_name))
 
+    def rename(self, old: str, new: str) -> None:
+        """A shard has another name from now on."""
+        if old in self._shards:
+            self._shards[new] = self._shards.pop(old)
+            for views in self._views.values():
+                views[new] = views.pop(old)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all arenas on this rank, without scratch."""

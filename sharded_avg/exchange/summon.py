@@ -29,7 +29,7 @@ def summoned(
     name = state.started(name)
     group, members = state.group, state.members
     with torch.no_grad(), all_or_none(group, "looking up the live weights"):
-        state.arrange()
+        state.look(live=True)
     if group is None and writeback:
         rank0_only = False  # nothing connects the processes of a plain model: each edits its own average
     keeps = not rank0_only or rank_in(group) == 0
@@ -42,6 +42,12 @@ def summoned(
         full = gather(group, items, rank0_only=rank0_only, device=torch.device("cpu") if offload_to_cpu else None)
     with all_or_none(group, "naming full tensors"):
         tensors = members.state(full) if keeps else {}
+        copies = [item.name for item in averaged if keeps and tensors.get(item.name) is not full[item.name]]
+        if writeback and copies:
+            raise ConfigError(
+                f"writeback=True: state_dict() of this model leaves out {copies}, or makes them anew, so that edits "
+                "could not be put back into the average"
+            )
     del full
     error: BaseException | None = None
     try:

@@ -114,7 +114,7 @@ class Checkpoints:
     def state_dict(self) -> dict[str, Any]:
         """Local."""
         kept = self._state
-        kept.members.refresh()
+        kept.look()
         self._incoming = Incoming(kept)
         state: dict[str, Any] = {MANIFEST_KEY: self.manifest().to_json()}
         for name, history in kept.histories.items():
@@ -144,10 +144,11 @@ class Checkpoints:
 
 
 def _refuse_other_cuts(mine: State, other: State) -> None:
-    theirs = {shard.name: shard.region for shard in other.members.averaged}
+    theirs = {shard.name: shard for shard in other.members.averaged}
     for shard in mine.members.averaged:
-        if theirs.get(shard.name, shard.region) != shard.region:
+        was = theirs.get(shard.name, shard)
+        if was.shape == shard.shape and was.region != shard.region:  # of another shape, it is left out
             raise LayoutChangedError(
-                f"{shard.name!r} is cut into {shard.region} here and was {theirs[shard.name]}: save() the old "
-                "average and load() it into this one"
+                f"{shard.name!r} is cut into {shard.region} here and was {was.region}: save() the old average and "
+                "load(path, strict=False) it into this one"
             )

@@ -74,7 +74,7 @@ def buffers_of(members: Members) -> dict[str, ShardItem]:
         if shard.is_buffer and shard.name not in averaged:
             live, written = shard.tensor, _is_written_here(shard, members.layout.group)
             items[shard.name] = ShardItem(shard.shape, shard.region, shard.dtype, live, live.detach, writes=written)
-    return items | {alias: items[name] for alias, name in members.layout.aliases.items() if name in items}
+    return items | {alias: items[name] for alias, name in members.aliases.items() if name in items}
 
 
 def _is_written_here(shard: Shard, group: dist.ProcessGroup | None) -> bool:
@@ -94,7 +94,7 @@ def describe(state: State) -> Manifest:
         step=state.step,
         averages=averages,
         tensors={s.name: TensorRecord(shape=list(s.shape), dtype=dtypes[s.name]) for s in members.averaged},
-        aliases={alias: name for alias, name in members.layout.aliases.items() if name in dtypes},
+        aliases={alias: name for alias, name in members.aliases.items() if name in dtypes},
         schedule=schedule_settings(state.schedule),
         package=__version__,
         torch=str(torch.__version__),

@@ -175,3 +175,89 @@ class TestTensorsThatCannotBeAveraged:
             ShardedAverage(eighth, RULE, dtype=None)
         with refused("dtype="):
             ShardedAverage(nn.Linear(2, 2), RULE, dtype=torch.complex64)
+
+
+def expanded() -> nn.Parameter:
+    return nn.Parameter(torch.randn(1, 5).expand(3, 5))
+
+
+def sliding() -> nn.Parameter:
+    return nn.Parameter(torch.randn(9).as_strided((3, 5), (2, 1)))
+
+
+def folded() -> nn.Parameter:
+    return nn.Parameter(torch.randn(17).as_strided((3, 5), (4, 2)))
+
+
+class TestMemoryThatIsShared:
+    """R20: refused at construction, in our own words, and not by torch at the first swap."""
+
+    @pytest.mark.parametrize("make", [expanded, sliding, folded])
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_inside_a_parameter(self, make, frozen):
+        """R20: an expanded parameter, windows that overlap; what is not averaged may be so."""
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+        model[1].weight = make().requires_grad_(not frozen)
+        if frozen:
+            average = ShardedAverage(model, RULE)
+            average.update()
+            with average.swapped():
+                pass
+            return
+        with refused(r"'1\.weight'.*strides.*contiguous", UnsupportedModelError):
+            ShardedAverage(model, RULE)
+        model[1].weight = nn.Parameter(model[1].weight.detach().contiguous())
+        average = ShardedAverage(model, RULE)
+        average.update()
+        with average.swapped():
+            pass
+
+    def test_inside_a_buffer(self):
+        """R20: a buffer too, if it is averaged."""
+        model = nn.Linear(3, 5)
+        model.register_buffer("level", torch.ones(1).expand(5))
+        ShardedAverage(model, RULE)
+        with refused("'level'.*expanded", UnsupportedModelError):
+            ShardedAverage(model, RULE, buffers="average")
+
+    def test_inside_a_parameter_that_is_unfrozen_later(self):
+        """R20: it cannot join; frozen again, or with memory of its own, training goes on."""
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+        model[1].weight = expanded().requires_grad_(False)
+        average = ShardedAverage(model, RULE)
+        average.update()
+        model[1].weight.requires_grad_(True)
+        for _ in range(2):
+            with refused(r"'1\.weight'.*strides", UnsupportedModelError):
+                average.update()
+        assert average.n_averaged == 1
+        model[1].weight = nn.Parameter(model[1].weight.detach().contiguous())
+        assert average.update()
+        with average.swapped():
+            pass
+
+    def test_of_two_parameters(self):
+        """R20: one parameter that is a view of another's rows."""
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(3, 2))
+        model[1].weight = nn.Parameter(model[0].weight.detach()[1:3])
+        with refused(r"'0\.weight' and '1\.weight' share a part", UnsupportedModelError):
+            ShardedAverage(model, RULE)
+        model[1].weight.requires_grad_(False)
+        ShardedAverage(model, RULE)
+
+    def test_neighbours_in_one_memory_are_fine(self):
+        """R20: rows, columns and windows without a common element, and two parameters with all of it in common."""
+        flat = torch.randn(7, 6)
+        pieces = (flat[:2], flat[2:5, :3], flat[2:5, 3:], flat[5:], flat[5:])
+        model = nn.ParameterList([nn.Parameter(piece) for piece in pieces])
+        average = ShardedAverage(model, SWA())
+        average.update()
+        raw = flat.clone()
+        with torch.no_grad():
+            flat.add_(1)
+        average.update()
+        with average.swapped():
+            assert torch.equal(flat, raw.lerp(raw + 1, 0.5))
+        assert torch.equal(flat, raw + 1)
+        with average.summon_full_params() as full:
+            assert torch.equal(full["4"], (raw.lerp(raw + 1, 0.5))[5:])

@@ -74,6 +74,7 @@ class ReplicatedLayout(AbstractLayout):
         self.publishes = size_of(self.group) > 1
         self._entries, self.aliases = names.split_ties(names.entries(self.model))
         self._lines: list[list[list[Cut]]] = []
+        self._cut_shapes: dict[str, torch.Size] = {}
         self._seen: list[Tensor] = []
 
     @classmethod
@@ -89,11 +90,14 @@ class ReplicatedLayout(AbstractLayout):
             if entry.name in wanted and not entry.is_buffer and entry.tensor.numel():
                 key = (entry.tensor.device, entry.tensor.dtype)
                 lines.setdefault(key, []).append((entry.name, entry.tensor))
+                self._cut_shapes[entry.name] = entry.tensor.shape
         self._lines += [cut_line(params, size_of(self.group)) for params in lines.values()]
 
     def shards(self) -> list[Shard]:
         self._entries, self.aliases = names.split_ties(names.entries(self.model))
-        regions = self._regions()
+        mine, cut = self._regions(), self._cut_shapes
+        # A parameter that has another shape now is another parameter: whole, until it is adopted.
+        regions = {e.name: mine[e.name] for e in self._entries if cut.get(e.name) == e.tensor.shape} if cut else {}
         shards = [_shard(entry, regions) for entry in self._entries]
         self._slots = [entry.slot for entry in self._entries]
         self._keys = [entry.key for entry in self._entries]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sharded_avg import EMA, LayoutChangedError, ShardedAverage
+from sharded_avg import EMA, SWA, LayoutChangedError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.weights.layouts.dtensor import DTensorLayout
 from sharded_avg.weights.layouts.replicated import ReplicatedLayout
 from sharded_avg.weights.members import Members
@@ -135,7 +137,7 @@ def one_rank(request):
 
 def test_refresh_reads_nothing_anew_while_nothing_changes(monkeypatch):
     model = half_frozen()
-    members = Members(model, None, average_buffers=False)
+    members = Members(model, None, buffers=lambda name, tensor: False)
     before = members.all
     members.refresh()
     assert members.all is before
@@ -153,3 +155,157 @@ def test_a_parameter_of_another_shape_is_refused():
     model[2].weight = nn.Parameter(torch.zeros(2, 5))
     with pytest.raises(LayoutChangedError, match=r"2\.weight"):
         average.update()
+
+
+# --- parts of the model that go -------------------------------------------------------------------------------------
+
+
+def with_head() -> nn.ModuleDict:
+    torch.manual_seed(2)
+    body = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+    return nn.ModuleDict({"body": body, "head": nn.Linear(5, 2), "more": nn.Linear(2, 1)})
+
+
+def _delete(model: nn.ModuleDict) -> None:
+    del model["head"]
+
+
+def _reshape(model: nn.ModuleDict) -> None:
+    model["head"].weight = nn.Parameter(torch.ones(7, 5))
+    model["head"].bias = nn.Parameter(torch.ones(7))
+
+
+def _other_head(model: nn.ModuleDict) -> None:
+    model["head"] = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+
+
+def _unregister(model: nn.ModuleDict) -> None:
+    model["head"].weight, model["head"].bias = None, None
+
+
+def _fuse(model: nn.ModuleDict) -> None:
+    model["head"] = nn.utils.parametrizations.weight_norm(model["head"])
+    del model["head"].bias
+
+
+LOSSES = {"deleted": _delete, "reshaped": _reshape, "replaced": _other_head, "unset": _unregister, "wrapped": _fuse}
+
+
+@torch.no_grad()
+def before_a_loss(**arguments: Any) -> tuple[nn.ModuleDict, ShardedAverage, dict[str, Tensor]]:
+    """A model, its average, and what that is."""
+    model = with_head()
+    average = ShardedAverage(model, {"ema": EMA(decay=DECAY), "mean": SWA()}, **arguments)
+    average.update()
+    expected = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    step(model)
+    average.update()
+    for name, parameter in model.named_parameters():
+        expected[name].lerp_(parameter, 1 - DECAY)
+    return model, average, expected
+
+
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_rest_outlives_a_part_of_the_model(loss: str, buffers: str, tmp_path: Path):
+    """R12: it is saved, handed out, and taken over as the error advises; updates and swaps are refused."""
+    model, old, expected = before_a_loss(buffers=buffers)
+    LOSSES[loss](model)
+    for _ in range(2):
+        for call in (old.update, lambda: old.swapped("ema").__enter__(), lambda: old.copy_to_model("ema")):
+            with pytest.raises(LayoutChangedError, match=r"'head\.\w+' was.*take_from\(old\).*old\.save.*new\.load"):
+                call()
+    live = model.state_dict()
+    with old.summon_full_params("ema") as full:
+        assert list(full) == list(live)
+        for name, value in full.items():
+            assert torch.equal(value, live[name] if name.startswith("head") else expected.get(name, live[name]))
+        model.load_state_dict(model.state_dict() | full)
+    old.save(tmp_path / "a")
+    saved = load_averaged_state_dict(tmp_path / "a", name="ema")
+    assert {name for name in saved if name in expected} == {n for n in expected if not n.startswith("head")}
+    assert all(torch.equal(saved[name], expected[name]) for name in saved if name in expected)
+
+    rules = {"ema": EMA(decay=DECAY), "mean": SWA()}
+    taking, loading = (ShardedAverage(model, rules, buffers=buffers) for _ in range(2))
+    taking.take_from(old)
+    result = loading.load(tmp_path / "a", strict=False)
+    assert all(name.startswith("head") for name in result.missing_keys)
+    assert not result.unexpected_keys
+    for new in (taking, loading):
+        assert new.n_averaged == 2
+        with new.summon_full_params("ema") as full:
+            assert all(torch.equal(full[name], expected[name]) for name in saved if name in expected)
+        assert new.update()
+        with new.swapped("mean"):
+            pass
+
+
+def test_a_part_that_comes_back_is_found():
+    """R12: nothing of a lost part is thrown away while the average lives."""
+    model, average, expected = before_a_loss()
+    head = model["head"]
+    del model["head"]
+    average.state_dict()
+    with pytest.raises(LayoutChangedError):
+        average.update()
+    model["head"] = head
+    with average.summon_full_params("ema") as full:
+        assert all(torch.equal(full[name], value) for name, value in expected.items())
+    assert average.update()
+
+
+def test_what_was_wrapped_can_still_be_saved(tmp_path: Path):
+    """R12: the advice to go on from a file can be followed, also where the live model cannot be read any more."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, old, expected = before_a_loss()
+        torch.distributed.fsdp.fully_shard(model["body"])
+        for call in (old.update, lambda: old.summon_full_params("ema").__enter__()):
+            with pytest.raises(LayoutChangedError, match=r"wrapped afterwards.*old\.save"):
+                call()
+        old.save(tmp_path / "a")
+        new = ShardedAverage(model, {"ema": EMA(decay=DECAY), "mean": SWA()})
+        new.load(tmp_path / "a", strict=False)
+        with new.summon_full_params("ema") as full:
+            assert all(torch.equal(full[name], value) for name, value in expected.items())
+        assert new.update()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_before_the_first_update_nothing_is_lost(tmp_path: Path):
+    """R12: there are only counters, which are saved."""
+    model = with_head()
+    average = ShardedAverage(model, EMA(decay=DECAY))
+    del model["head"]
+    average.save(tmp_path / "a")
+    new = ShardedAverage(model, EMA(decay=DECAY))
+    new.load(tmp_path / "a")
+    assert new.n_averaged == 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_two_tied_names_goes(first: bool, tmp_path: Path):
+    """R12: a tied tensor stays in the model while it has a name, and so does its average."""
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False), "norm": nn.Linear(3, 3)}
+    )
+    model["head"].weight = model["embedding"].weight
+    average = ShardedAverage(model, EMA(decay=DECAY))
+    average.update()
+    expected = model["head"].weight.detach().clone()
+    step(model)
+    average.update()
+    expected.lerp_(model["head"].weight.detach(), 1 - DECAY)
+    del model["embedding" if first else "head"]
+    name = "head.weight" if first else "embedding.weight"
+    average.save(tmp_path / "a")
+    assert torch.equal(load_averaged_state_dict(tmp_path / "a")[name], expected)
+    with average.summon_full_params() as full:
+        assert torch.equal(full[name], expected)
+    step(model)
+    assert average.update()
+    expected.lerp_(model[name.split(".")[0]].weight.detach(), 1 - DECAY)
+    with average.swapped():
+        assert torch.equal(model[name.split(".")[0]].weight, expected)
