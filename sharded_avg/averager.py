@@ -142,7 +142,8 @@ class ShardedAverage:
 
         Live and averaged values are exchanged in place: data pointers stay, and the raw weights are back bit for bit
         afterwards, also after an exception. Yields whether there was an average to bring in: before the first update
-        the live weights stay. Raises `SwapError` when nested.
+        the live weights stay. Raises `SwapError` when nested, and `ReplicaError` where ranks that hold equal copies of
+        a parameter (DistributedDataParallel, ZeRO 0 to 2, `process_group=`) hold others: nothing has changed then.
         """
         return swapped(self._state, name)
 

@@ -8,6 +8,7 @@ ShardedAvgError
   NotStartedError        no update has happened, so there is no average  -> train first, or look at the live weights
   SwapError              something that cannot be done while swapped     -> leave `with average.swapped():` first
   PeerError              another rank failed in the same collective call -> read that rank's traceback
+  ReplicaError           copies that ranks hold together are not equal   -> make them equal, or leave them out
   CheckpointError        a saved average that does not fit, or is torn   -> the message lists what is missing
 """
 
@@ -42,6 +43,10 @@ class SwapError(ShardedAvgError, RuntimeError):
 
 class PeerError(ShardedAvgError, RuntimeError):
     """Another rank failed in a collective call; this rank undid its own part."""
+
+
+class ReplicaError(ShardedAvgError, RuntimeError):
+    """Values that several ranks should hold alike differ, so that what one has would be lost; nothing was changed."""
 
 
 class CheckpointError(ShardedAvgError, RuntimeError):

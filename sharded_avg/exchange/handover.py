@@ -11,6 +11,7 @@ import torch
 from ..averages.state import State
 from ..ranks import all_or_none, gather_objects
 from ..weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
+from ..weights.layouts.replicas import differing_replicas, equal_replicas
 
 
 @torch.no_grad()
@@ -28,10 +29,11 @@ def copy_to_model(state: State, name: str | None, undo: RawWeights | None) -> No
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
     state.refuse_while_swapped("copy_to_model()")
     name = state.started(name)
+    with equal_replicas(state.layout, "copying averages into the model"):
+        state.arrange()
+        state.layout.release()
     try:
         with all_or_none(state.group, "copying averages into the model"):
-            state.arrange()
-            state.layout.release()
             for shard in state.members.averaged:
                 for live in live_tensors(shard):
                     live.copy_(state.store.view(name, shard.name))
@@ -51,7 +53,7 @@ def restore_raw(state: State, raw: RawWeights) -> bool:
         state.layout.release()
         known = [shard for shard in state.members.averaged if shard.name in raw.values]
         unchanged = all(holds_either(shard, state.average_of(raw.average, shard), raw) for shard in known)
-    if not all(gather_objects(state.group, unchanged)):
+    if not all(gather_objects(state.group, unchanged)) or differing_replicas(state.layout):
         return False
     with all_or_none(state.group, "bringing raw weights back"):
         bring_back(raw, known)

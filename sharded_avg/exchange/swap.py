@@ -9,8 +9,9 @@ import torch
 
 from .. import ranks
 from ..averages.state import State, swapped_models
-from ..errors import PeerError, SwapError
-from ..ranks import agree, patience_s, rendezvous
+from ..errors import PeerError
+from ..ranks import all_or_none, patience_s, rendezvous
+from ..weights.layouts.replicas import equal_replicas
 from .ways import Exchange
 
 
@@ -49,21 +50,15 @@ def swapped(state: State, name: str | None) -> Iterator[bool]:
 @torch.no_grad()
 def _entered(state: State, name: str) -> Exchange:
     """Collective: all ranks must call. Exchange locally on every rank, or on none."""
-    exchange, error = None, None
-    try:
+    with equal_replicas(state.layout, "swapping the average in"):
         state.layout.release()
         exchange = Exchange(state.pairs(name))
-        exchange.enter()
-    except BaseException as failure:
-        error = failure
     try:
-        agree(state.group, error, "swapping the average in")
+        with all_or_none(state.group, "swapping the average in"):
+            exchange.enter()
     except BaseException:
-        if exchange is not None:
-            exchange.leave()
+        exchange.leave()
         raise
-    if exchange is None:
-        raise SwapError("the exchange was not built, yet no error was reported")
     return exchange
 
 

@@ -11,6 +11,7 @@ from ..ranks import all_or_none
 from ..shard import take
 from .aside import live_tensors
 from .layouts.detect import detect
+from .layouts.replicas import equal_replicas
 
 
 @torch.no_grad()
@@ -20,10 +21,12 @@ def write_live(model: nn.Module, full: Mapping[str, Tensor]) -> list[str]:
     Names are those of the unwrapped model's `state_dict()`; masters are written too. What `full` lacks stays.
     """
     layout = detect(model)
-    layout.release()
+    with equal_replicas(layout, "writing full tensors into the live model", but=full):
+        layout.release()
+        shards = layout.shards()
     missing = []
     with all_or_none(layout.group, "writing full tensors into the live model"):
-        for shard in layout.shards():
+        for shard in shards:
             if shard.name not in full:
                 missing.append(shard.name)
                 continue

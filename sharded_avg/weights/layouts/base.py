@@ -72,12 +72,22 @@ class AbstractLayout(ABC):
         A layout in which this communicates sets `publishes`.
         """
 
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        """What `publish` and `publish_masters` overwrite with other ranks' values, by name, on all ranks in one order.
+
+        It must be equal on all ranks beforehand, and is compared (`replicas.py`) before anything is published.
+        """
+        return []
+
     def publish_masters(self) -> None:
         """Collective: all ranks must call. Spread what ranks wrote into masters, where several ranks keep the same."""
 
     def step_was_skipped(self) -> bool:
-        """Whether the engine's last `step()` changed no weights (overflow, or inside gradient accumulation)."""
+        """Whether the engine has changed no weights since `count_step` (overflow, or inside gradient accumulation)."""
         return False
+
+    def count_step(self) -> None:
+        """The last step has been taken in: it does not count a second time. Only for engines that know their steps."""
 
     def state_keys(self) -> list[str]:
         """Keys of the unwrapped model's `state_dict()` that hold tensors, tied names included, in its order."""

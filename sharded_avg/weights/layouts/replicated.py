@@ -7,7 +7,8 @@ device are laid end to end, and each rank owns an Interval of that line, so it s
     Cut     one rank's part of one parameter in a Line
 
 A parameter that does not lie row-major in memory (channels_last) has no Interval that is a view; it goes whole to the
-rank on which it begins. This file is the template for a new layout.
+rank on which it begins. One that DistributedDataParallel does not keep equal, because it was told to ignore it or has
+never seen it, is each rank's own: averaged whole, and never published. This file is the template for a new layout.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ class ReplicatedLayout(AbstractLayout):
         self.group = group if ddp is None else ddp.process_group
         self.publishes = size_of(self.group) > 1
         self._entries, self.aliases = names.split_ties(names.entries(self.model))
+        kept_equal = () if ddp is None else (*ddp._module_parameters, *ddp._delay_all_reduce_params)
+        self._kept_equal = None if ddp is None else {id(parameter): parameter for parameter in kept_equal}
         self._lines: list[list[list[Cut]]] = []
         self._cut_shapes: dict[str, torch.Size] = {}
         self._seen: list[Tensor] = []
@@ -87,11 +90,19 @@ class ReplicatedLayout(AbstractLayout):
         wanted = set(averaged)
         lines: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
         for entry in self._entries:
-            if entry.name in wanted and not entry.is_buffer and entry.tensor.numel():
+            if entry.name in wanted and not entry.is_buffer and entry.tensor.numel() and self._is_equal(entry.tensor):
                 key = (entry.tensor.device, entry.tensor.dtype)
                 lines.setdefault(key, []).append((entry.name, entry.tensor))
                 self._cut_shapes[entry.name] = entry.tensor.shape
         self._lines += [cut_line(params, size_of(self.group)) for params in lines.values()]
+
+    def _is_equal(self, parameter: Tensor) -> bool:
+        """Whether the wrapper keeps it equal; what it was told to ignore, or came later, is each rank's own."""
+        return self._kept_equal is None or id(parameter) in self._kept_equal
+
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        cut = self._cut_shapes
+        return [(e.name, e.tensor.detach()) for e in self._entries if cut.get(e.name) == e.tensor.shape]
 
     def shards(self) -> list[Shard]:
         self._entries, self.aliases = names.split_ties(names.entries(self.model))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sharded_avg.shard import Box, Interval
+from sharded_avg.weights.layouts.replicas import digest
 from sharded_avg.weights.layouts.replicated import Cut, cut_line, piece
 
 LINES: dict[str, list[Tensor]] = {
@@ -83,3 +84,60 @@ def test_a_piece_is_a_view() -> None:
 
 def test_of_nothing_every_rank_has_nothing() -> None:
     assert cut_line([], 3) == [[], [], []]
+
+
+# --- digests of replicas -------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128, torch.int64]
+DTYPES += [torch.uint8, torch.bool, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_bits_have_equal_digests(dtype: torch.dtype) -> None:
+    """R01: and one bit, or two numbers that changed places, have another."""
+    values = [torch.arange(float(numel)).to(dtype) for numel in (35, 1, 0, 7)]
+    found = digest(values)
+    assert found == digest([value.clone() for value in values])
+    assert 0 <= found < 1 << 62
+    other = [value.clone() for value in values]
+    other[3].view(torch.uint8)[-1] ^= 1
+    assert digest(other) != found
+    other = [value.clone() for value in values]
+    size = other[0].element_size()
+    other[0].view(torch.uint8)[: 4 * size] = other[0].view(torch.uint8)[: 4 * size].view(2, -1).flip(0).reshape(-1)
+    assert digest(other) != found
+
+
+def test_no_round_numbers_cancel() -> None:
+    """R01: weights such as tests and users write them, permuted."""
+    values = torch.tensor([float(2**exponent) for exponent in range(-8, 8)] * 8)
+    generator = torch.Generator().manual_seed(0)
+    permuted = {digest([values[torch.randperm(128, generator=generator)]]) for _ in range(500)}
+    assert len(permuted) == 500
+    pairs = {digest([values.index_select(0, order(i, j, 128))]) for i in range(32) for j in range(i + 1, 32)}
+    different = sum(bool(values[i] != values[j]) for i in range(32) for j in range(i + 1, 32))
+    assert len(pairs - {digest([values])}) == different
+
+
+def order(i: int, j: int, numel: int) -> Tensor:
+    """Of all, with two changed places."""
+    places = torch.arange(numel)
+    places[[i, j]] = places[[j, i]]
+    return places
+
+
+def test_bits_are_compared_not_numbers() -> None:
+    """R01: a NaN equals itself; minus zero is not zero."""
+    nan = torch.tensor([float("nan"), 1.0])
+    assert digest([nan]) == digest([nan.clone()])
+    assert digest([torch.tensor([0.0])]) != digest([torch.tensor([-0.0])])
+
+
+def test_digests_do_not_depend_on_memory() -> None:
+    """R01: slices, other memory formats, and a tensor that is longer than one piece."""
+    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    assert digest([values]) == digest([values.t().contiguous().t()]) == digest([torch.cat([values, values])[3:]])
+    long = torch.arange(300_001.0)
+    other = long.clone()
+    other[300_000] += 1
+    assert digest([long]) != digest([other])

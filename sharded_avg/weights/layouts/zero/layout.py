@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ....errors import LayoutChangedError, UnsupportedModelError
 from ....shard import Box, Shard
@@ -15,6 +15,7 @@ from .engine import STAGE_3, STAGE_3_EVALUATION, is_a, kind, moved_away, need, n
 from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
 from .replicated import Replicated
+from .steps import Steps
 
 
 class ZeroLayout(AbstractLayout):
@@ -35,7 +36,7 @@ class ZeroLayout(AbstractLayout):
         if reason := self._out_of_reach():
             raise UnsupportedModelError(reason)
         self.shards()  # a missing attribute is noticed now, not at the first update
-        need(engine, "was_step_applied")
+        self._steps = Steps(engine)
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
@@ -90,12 +91,16 @@ class ZeroLayout(AbstractLayout):
         """Collective: all ranks must call. Low-precision weights of every owner to every rank."""
         self._weights.publish()
 
+    def replicas(self) -> list[tuple[str, Tensor]]:
+        names_of = {id(tensor): entry.name for entry, tensor in reversed(self._entries)}
+        return [(names_of.get(id(param), "?"), tensor) for param, tensor in self._weights.replicas()]
+
     def publish_masters(self) -> None:
         """Collective: all ranks must call. Stage 0 keeps whole masters on every rank, which averages them in parts."""
         self._weights.publish_masters()
 
     def step_was_skipped(self) -> bool:
-        """Whether the last `engine.step()` was inside gradient accumulation, or an fp16 overflow.
+        """Whether no step changed weights since `count_step`: gradient accumulation, an fp16 overflow, or no step.
 
         Raises `UnsupportedModelError` for an engine without an optimizer: it is good for evaluation only.
         """
@@ -104,7 +109,10 @@ class ZeroLayout(AbstractLayout):
                 "this DeepSpeed engine has no optimizer, so no step ever changes its weights and update() would "
                 "average nothing: pass the engine that trains (give deepspeed.initialize an optimizer)"
             )
-        return not self._engine.was_step_applied()
+        return not self._steps.is_new
+
+    def count_step(self) -> None:
+        self._steps.count()
 
 
 def _shard(entry: names.Entry, piece: Piece | None) -> Shard:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....errors import UnsupportedModelError
 from ....shard import Interval
@@ -75,6 +75,10 @@ class Partitioned(AbstractWeights):
         if persistent := self._optimizer.persistent_parameters:
             with torch.no_grad():
                 persistent[0].all_gather(persistent)
+
+    def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
+        persistent = self._optimizer.persistent_parameters
+        return [(param, param.detach()) for param in persistent if param.ds_status.name == "AVAILABLE"]
 
     def _params(self) -> list[Any]:
         return [param for param in self._engine.module.parameters() if hasattr(param, "ds_id")]

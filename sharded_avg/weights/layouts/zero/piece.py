@@ -46,5 +46,9 @@ class AbstractWeights(ABC):
     def publish(self) -> None:
         """Collective. Make what forward reads, on every rank, equal to what the owners wrote."""
 
+    @abstractmethod
+    def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """What publishing overwrites with other ranks' values, and of which parameter it is."""
+
     def publish_masters(self) -> None:  # noqa: B027 masters are rarely replicated
         """Collective. The same for masters that every rank has whole."""

@@ -14,7 +14,7 @@ from ....errors import LayoutChangedError
 from ....shard import Box
 from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need, never_steps
 from .piece import AbstractWeights, Piece
-from .run import Run, Span
+from .run import Run, Span, view
 
 
 class Replicated(AbstractWeights):
@@ -51,6 +51,14 @@ class Replicated(AbstractWeights):
             with torch.no_grad():
                 for run in self._runs():
                     run.spread(self._group)
+
+    def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
+        found = []
+        for run in self._runs():
+            spans = [run.live, run.masters] if run.has_whole_masters else [run.live]
+            for param, begin in run.params:
+                found += [(param, view(span, begin, begin + param.numel())) for span in spans]
+        return found
 
     def publish_masters(self) -> None:
         if self._world_size > 1:

@@ -51,7 +51,7 @@ class Run:
             start = max(begin, rank * self.stretch)
             stop = min(begin + param.numel(), (rank + 1) * self.stretch)
             region = Interval(start - begin, stop - begin) if start < stop else EMPTY
-            master, live = (_view(spans, start, max(start, stop)) for spans in (self.masters, self.live))
+            master, live = (view(spans, start, max(start, stop)) for spans in (self.masters, self.live))
             yield Piece(param, param.shape, region, master, None if self.masters is self.live else live)
 
     def spread(self, group: dist.ProcessGroup) -> None:
@@ -81,7 +81,7 @@ class Run:
             index += 1
 
 
-def _view(spans: list[Span], start: int, stop: int) -> Tensor:
+def view(spans: list[Span], start: int, stop: int) -> Tensor:
     """Elements `[start, stop)` of a Run, which lie inside one Span; an empty view if there are none."""
     if start == stop:
         return spans[0].tensor[:0]
