@@ -77,6 +77,7 @@ class State:
         if due:
             self._take_in(self.step + 1)
         self.step += 1
+        self.layout.count_step()
         return due
 
     def _take_in(self, step: int) -> None:

@@ -9,6 +9,7 @@ Whatever comes in is a Loading until every value of it is there; then the State 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -113,6 +114,7 @@ class Checkpoints:
 
     def state_dict(self) -> dict[str, Any]:
         """Local."""
+        _refuse_fabric()
         kept = self._state
         kept.look()
         self._incoming = Incoming(kept)
@@ -152,3 +154,17 @@ def _refuse_other_cuts(mine: State, other: State) -> None:
                 f"{shard.name!r} is cut into {shard.region} here and was {was.region}: save() the old average and "
                 "load(path, strict=False) it into this one"
             )
+
+
+def _refuse_fabric() -> None:
+    """`Fabric.save` asks every rank for a state, and then pickles rank 0's: it must be told before the ranks part."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("sharded_avg."):
+        frame = frame.f_back
+    caller = frame.f_globals.get("__name__", "") if frame is not None else ""
+    if caller.startswith(("lightning.fabric.", "lightning_fabric.")):
+        raise CheckpointError(
+            "Fabric.save writes what rank 0 has into one file, and a sharded average has pieces on every rank: leave "
+            "the average out of the state, and call average.save(folder) beside fabric.save(path, state), and "
+            "average.load(folder) beside fabric.load(path, state), on all ranks"
+        )

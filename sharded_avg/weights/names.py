@@ -17,6 +17,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 # A wrapper registers the wrapped module as the only child, under one of these names: FSDP1, activation checkpointing
 # and offload, torch.compile. DDP's "module" is too common a word to be recognised by name alone.
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+# Lightning Fabric's registers two: the model as its strategy wrapped it, and as it was before.
+_FABRIC = ("_forward_module", "_original_module")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,21 @@ def wrappers(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
             continue
-        inner = next((module._modules[name] for name in _WRAPPED if module._modules.get(name) is not None), None)
+        names = _FABRIC[:1] if _is_fabric(module) else _WRAPPED
+        inner = next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
         if inner is None:
             return
         module = inner
+
+
+def without_fabric(model: nn.Module) -> nn.Module:
+    """What `Fabric.setup` returned, without Fabric's own wrapper: the model as its strategy wrapped it."""
+    return next(module for module in wrappers(model) if not _is_fabric(module))
+
+
+def _is_fabric(module: nn.Module) -> bool:
+    # By name: nothing here imports Lightning, which may be installed as `lightning` or as `lightning_fabric`.
+    return type(module).__name__ == "_FabricModule" and all(name in module._modules for name in _FABRIC)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -31,6 +31,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
         _refuse_group(process_group)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module or a DeepSpeedEngine, not {type(model).__name__}")
+    model = names.without_fabric(model)
     if not ZeroLayout.claims(model):
         _refuse_unfinished(model)
     found = layout_class(model)
@@ -45,6 +46,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
 
 def layout_class(model: nn.Module) -> type[AbstractLayout]:
     """The layout that claims `model`. Raises `UnsupportedModelError` for a module that DeepSpeed has taken over."""
+    model = names.without_fabric(model)
     if not ZeroLayout.claims(model) and looks_like_zero(model):
         raise UnsupportedModelError(
             f"the parameters of this {type(model).__name__} belong to DeepSpeed ZeRO, which keeps their values "

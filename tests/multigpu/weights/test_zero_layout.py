@@ -173,6 +173,7 @@ def test_exchange_inside_gradient_accumulation(name: str) -> None:
         for step in range(4):
             train(engine, range(step, step + 1))
             skipped.append(layout.step_was_skipped())
+            layout.count_step()
             write(layout)()
         assert skipped == [True, False, True, False]
         end = gathered(layout, lambda shard: shard.tensor)
@@ -306,6 +307,7 @@ def test_overflow_is_a_skipped_step(stage: int) -> None:
             assert layout.step_was_skipped()
             train(engine, range(1))
             assert not layout.step_was_skipped()
+            layout.count_step()
             masters = gathered(layout, lambda shard: shard.tensor)
             engine.backward(engine(tokens(1, 0)).float().sum() * 1e30)
             engine.step()

@@ -5,6 +5,7 @@
     run           Run: parameters end to end in replicated weights, cut into equal stretches, one for each rank
     replicated    stages 0, 1, 2: every rank has whole low-precision weights; Pieces come from Runs
     partitioned   stage 3: every rank has `ds_tensor`, an equal stretch of each parameter, padded at the end
+    steps         when weights change: the steps of the optimizer that DeepSpeed wraps
     layout        ZeroLayout, which turns Pieces into Shards
 
 [Note: masters]
@@ -22,7 +23,7 @@ place in its Run is therefore the distance between data pointers.
 [Note: private attributes]
 Stable names from DeepSpeed 0.16 to 0.19; a missing one is an `EngineVersionError`.
 
-    engine       optimizer, module, seq_data_parallel_group; public: was_step_applied, zero_optimization_stage
+    engine       optimizer, module, seq_data_parallel_group; public: zero_optimization_stage
     ZeRO 1, 2    bit16_groups (parameters), bit16_groups_flat (weights), single_partition_of_fp32_groups (masters)
     BF16         bf16_groups, bf16_groups_flat, fp32_groups_flat_partition: stage 1, bf16 with fp32 gradients
     FP16         fp16_groups, fp16_groups_flat, fp32_groups_flat: stage 0 with FusedAdam; masters whole
