@@ -23,6 +23,8 @@ Row = tuple[Tensor, ...]
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory without gaps or overlap, in any order of dims."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -47,13 +49,17 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def overlapping(tensors: Sequence[Tensor]) -> tuple[int, int] | None:
     """Two tensors that share a part of their memory but not all of it, if there are any; neither overlaps itself."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    if len(set(storages)) == len(storages):
+        return None
     spans: dict[int, list[tuple[int, int, int]]] = {}  # by storage: first byte, last byte, index
-    for index, tensor in enumerate(tensors):
+    for index, (storage, tensor) in enumerate(zip(storages, tensors, strict=True)):
         if tensor.numel():
-            start = tensor.data_ptr()
-            reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-            last = start + (reach + 1) * tensor.element_size() - 1
-            spans.setdefault(tensor.untyped_storage().data_ptr(), []).append((start, last, index))
+            start, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
+            if not tensor.is_contiguous():
+                reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+                last = start + (reach + 1) * tensor.element_size() - 1
+            spans.setdefault(storage, []).append((start, last, index))
     for together in spans.values():
         together.sort()
         furthest = together[0]
@@ -83,8 +89,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 def flatten(row: Row) -> Row:
     """The same elements as 1-D views in memory order, or the row itself if its tensors are laid out differently."""
     first = row[0]
-    if first.ndim == 1 and all(tensor.is_contiguous() for tensor in row):
-        return row
+    if all(map(Tensor.is_contiguous, row)):
+        return row if first.ndim == 1 else tuple([tensor.view(-1) for tensor in row])
     strides = {tuple(s for s, n in zip(t.stride(), t.shape, strict=True) if n != 1) for t in row}
     if len(strides) != 1 or not is_dense(first):
         return row

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..rules.base import AbstractRule
 from ..shard import Shard
 from ..tensors import Row, chunk_numel, coalesce, is_dense, pack
+from ..weights.names import collector_paused
 
 Key = tuple[torch.device, torch.dtype]
 AverageDtype = torch.dtype | Literal["auto"] | None
@@ -100,6 +101,7 @@ class Store:
     def _key(self, shard: Shard) -> Key:
         return self._device or shard.tensor.device, self.dtype_of(shard)
 
+    @collector_paused()
     def arrange(self, shards: Iterable[Shard]) -> list[Shard]:
         """Hold these shards: allocate where the set has changed, keep the values held, and return the new ones.
 

@@ -39,6 +39,7 @@ _REBUILD = (
 class Members:
     """The shards of one model: parameters as chosen by `include`, buffers by `buffers`."""
 
+    @names.collector_paused()
     def __init__(
         self,
         model: nn.Module,
@@ -64,7 +65,7 @@ class Members:
         self._names = dict.fromkeys(chosen)  # an ordered set of own names
         _refuse_shared_memory([shard for shard in shards if shard.name in self._names])
         self.layout.adopt(chosen)
-        self._take(self.layout.shards())
+        self._take(self.layout.shards() if self.layout.publishes else shards)  # only what is published was divided
 
     def _take(self, shards: list[Shard]) -> None:
         """These are the live shards now, under their own names, and none of the averaged ones is lost."""
@@ -192,6 +193,7 @@ class Members:
         except UnsupportedModelError as error:
             return f"the model has changed since the average was built: {error}", []
 
+    @names.collector_paused()
     def _sort_out(self, shards: list[Shard]) -> None:
         """Of shards read anew: which averaged ones are still there, which are lost, and which are new."""
         now = {shard.name: shard for shard in shards}

@@ -7,8 +7,11 @@ parameters change the tensor in the slot. A Tree remembers which module is where
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,26 +75,45 @@ def clean(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPED)
 
 
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def walk(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module under its clean prefix ("" or "a.b."), without wrappers; shared ones under each of their names."""
-    module = unwrap(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from walk(child, f"{prefix}{name}.")
+    found = []
+    rest = [("", module)]
+    while rest:
+        prefix, module = rest.pop()
+        if module._modules:  # a wrapper has a child
+            module = unwrap(module)
+            children = reversed(module._modules.items())
+            rest.extend((f"{prefix}{name}.", child) for name, child in children if child is not None)
+        found.append((prefix, module))
+    return found
 
 
 def entries(model: nn.Module) -> list[Entry]:
     """Every parameter and persistent buffer, in `state_dict()` order; tied ones under each of their names."""
     found = []
     for prefix, module in walk(model):
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                found.append(Entry(prefix + key, module._parameters, key, is_buffer=False))
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                found.append(Entry(prefix + key, module._buffers, key, is_buffer=True))
+        slot: dict[str, Any] = module._parameters
+        for key, tensor in slot.items():
+            if tensor is not None:
+                found.append(Entry(prefix + key, slot, key, is_buffer=False))
+        slot = module._buffers
+        for key, tensor in slot.items():
+            if tensor is not None and key not in module._non_persistent_buffers_set:
+                found.append(Entry(prefix + key, slot, key, is_buffer=True))
     return found
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """While many small objects are made that stay: Python's collector would look through all of them time and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def split_ties(all_entries: list[Entry]) -> tuple[list[Entry], dict[str, str]]:
@@ -112,21 +134,30 @@ class Tree:
     """Which module is where below a model, remembered, so that a module replaced, added or removed is noticed."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._children = [module._modules for module in modules]
-        self._slots: list[dict[str, Any]] = [module._parameters for module in modules]
-        self._slots += [module._buffers for module in modules]
-        self._sizes = [len(slots) for slots in (*self._children, *self._slots)]
+        modules = {id(model): model}
+        rest = [model]
+        while rest:
+            for child in rest.pop()._modules.values():
+                if child is not None and id(child) not in modules:
+                    modules[id(child)] = child
+                    rest.append(child)
+        parents = [module._modules for module in modules.values() if module._modules]
+        self._dicts: list[dict[str, Any]] = []
+        for module in modules.values():
+            self._dicts += (module._modules, module._parameters, module._buffers)
+        self._sizes = list(map(len, self._dicts))
+        places = [(children, key, child) for children in parents for key, child in children.items()]
         # A buffer registered as None and set by the first forward is a new key of `state_dict()`.
-        self._unset = [(slots, key) for slots in self._slots for key in slots if dict.get(slots, key) is None]
-        self._places = [(children, key, child) for children in self._children for key, child in children.items()]
+        for slots in self._dicts:
+            places += ((slots, key, None) for key, value in slots.items() if value is None)
+        self._slots = [slots for slots, _, _ in places]
+        self._keys = [key for _, key, _ in places]
+        self._values = [value for _, _, value in places]
 
     def unchanged(self) -> bool:
-        """Local and cheap: it is asked at every update."""
-        return (
-            [*map(len, self._children), *map(len, self._slots)] == self._sizes
-            and all(children.get(key) is child for children, key, child in self._places)
-            and all(dict.get(slots, key) is None for slots, key in self._unset)
+        """Local and cheap, loops that run in C: it is asked at every update."""
+        return list(map(len, self._dicts)) == self._sizes and all(
+            map(is_, map(dict.get, self._slots, self._keys), self._values)
         )
 
 

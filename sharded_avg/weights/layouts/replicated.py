@@ -73,7 +73,8 @@ class ReplicatedLayout(AbstractLayout):
         ddp = next((m for m in names.wrappers(model) if isinstance(m, DistributedDataParallel)), None)
         self.group = group if ddp is None else ddp.process_group
         self.publishes = size_of(self.group) > 1
-        self._entries, self.aliases = names.split_ties(names.entries(self.model))
+        self._entries: list[names.Entry] = []
+        self.aliases: dict[str, str] = {}
         kept_equal = () if ddp is None else (*ddp._module_parameters, *ddp._delay_all_reduce_params)
         self._kept_equal = None if ddp is None else {id(parameter): parameter for parameter in kept_equal}
         self._lines: list[list[list[Cut]]] = []
