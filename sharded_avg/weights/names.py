@@ -55,11 +55,6 @@ def wrappers(module: nn.Module) -> Iterator[nn.Module]:
         module = inner
 
 
-def without_fabric(model: nn.Module) -> nn.Module:
-    """What `Fabric.setup` returned, without Fabric's own wrapper: the model as its strategy wrapped it."""
-    return next(module for module in wrappers(model) if not _is_fabric(module))
-
-
 def _is_fabric(module: nn.Module) -> bool:
     # By name: nothing here imports Lightning, which may be installed as `lightning` or as `lightning_fabric`.
     return type(module).__name__ == "_FabricModule" and all(name in module._modules for name in _FABRIC)

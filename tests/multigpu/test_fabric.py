@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from sharded_avg import EMA, CheckpointError, ShardedAverage, load_averaged_state_dict
+from tests.helpers.launch import EXAMPLES, run_agents, run_python
 from tests.helpers.pool import run_on_ranks
 from tests.lightning.strategies import zero_config
 
@@ -212,3 +214,30 @@ def test_strategies(strategy: str, tmp_path: Path) -> None:
     if kind == "deepspeed":
         pytest.importorskip("deepspeed")
     run_on_ranks(2, check, kind=kind, strategy=strategy, path=tmp_path)
+
+
+@pytest.mark.own_processes
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp", 2)])
+def test_example(strategy: str, devices: int, tmp_path: Path) -> None:
+    """R05: the loop that docs/lightning.md points to, as a stranger runs it."""
+    pytest.importorskip("sklearn")
+    script = [
+        str(EXAMPLES / "fabric_loop.py"),
+        "--devices",
+        str(devices),
+        "--strategy",
+        strategy,
+        "--out",
+        str(tmp_path),
+    ]
+    if devices == 1:
+        job = run_python(script, tmp_path, timeout_s=200)
+    else:
+        [job] = run_agents([["--standalone", f"--nproc_per_node={devices}", *script]], tmp_path, timeout_s=200)
+    assert job.code == 0, job.output
+    [(raw, averaged)] = re.findall(r"^epoch 3: raw loss (\S+), averaged loss (\S+)$", job.output, re.MULTILINE)
+    assert raw != averaged
+    assert f"deployed, without Fabric: loss {averaged}" in job.output
+    kept = re.findall(r"^rank \d: (\d+) bytes kept$", job.output, re.MULTILINE)
+    assert list(map(int, kept)) == [4 * 7210 // devices] * devices
+    assert f"resumed after {4 * -(-1437 // (32 * devices))} steps" in job.output

@@ -31,7 +31,7 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
         _refuse_group(process_group)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module or a DeepSpeedEngine, not {type(model).__name__}")
-    model = names.without_fabric(model)
+    model = _engine_in(model)
     if not ZeroLayout.claims(model):
         _refuse_unfinished(model)
     found = layout_class(model)
@@ -46,13 +46,18 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
 
 def layout_class(model: nn.Module) -> type[AbstractLayout]:
     """The layout that claims `model`. Raises `UnsupportedModelError` for a module that DeepSpeed has taken over."""
-    model = names.without_fabric(model)
+    model = _engine_in(model)
     if not ZeroLayout.claims(model) and looks_like_zero(model):
         raise UnsupportedModelError(
             f"the parameters of this {type(model).__name__} belong to DeepSpeed ZeRO, which keeps their values "
             "elsewhere: pass the engine that deepspeed.initialize returned, not the module inside it"
         )
     return next(layout for layout in LAYOUTS if layout.claims(model))
+
+
+def _engine_in(model: nn.Module) -> nn.Module:
+    """The DeepSpeedEngine inside whatever wraps it (Fabric, torch.compile); other layouts look for themselves."""
+    return next((module for module in names.wrappers(model) if ZeroLayout.claims(module)), model)
 
 
 def _refuse_unfinished(model: nn.Module) -> None:

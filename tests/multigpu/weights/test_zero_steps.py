@@ -6,11 +6,12 @@ import gc
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from sharded_avg import EMA, ShardedAverage
 from tests.helpers.pool import on_ranks
-from tests.helpers.zero_engines import engine_of, every_stage, loss_of, settings, tokens, train
+from tests.helpers.zero_engines import engine_of, every_stage, loss_of, plain_model, settings, tokens, train
 
 
 @every_stage
@@ -76,3 +77,14 @@ def test_an_average_that_is_gone_leaves_nothing_behind(name: str) -> None:
         gc.collect()
         assert hooks_of(engine) == before
         train(engine, range(1))
+
+
+@on_ranks(2, kind="deepspeed")
+def test_an_engine_inside_a_wrapper() -> None:
+    """R05: Fabric's is not the only thing that wraps an engine."""
+    with engine_of(settings("2-bf16")) as engine:
+        average = ShardedAverage(torch.compile(engine, backend="eager"), EMA(decay=0.5))
+        train(engine, range(1))
+        assert average.update()
+        with average.summon_full_params(rank0_only=False) as full:
+            assert list(full) == list(plain_model().state_dict())
