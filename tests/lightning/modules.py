@@ -220,3 +220,18 @@ def _data_rank(mesh: Any) -> int:
     if mesh is not None:
         return mesh["data_parallel"].get_local_rank()
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+class Tunable(Tiny):
+    """Has what tuners turn: a learning rate and a batch size."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.lr, self.batch_size = 0.1, 1
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.5)
+
+    def train_dataloader(self) -> Any:
+        self.batch_size
+        return loader(batches(NUM_BATCHES))

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
@@ -195,3 +196,20 @@ STRATEGIES: dict[str, Strategy] = {
     "deepspeed_2": Strategy(partial(_zero, 2), 2, "deepspeed", True, two_optimizers=False),
     "deepspeed_3": Strategy(partial(_zero, 3), 2, "deepspeed", True, two_optimizers=False, evaluates_checkpoints=False),
 }
+
+
+def over(chosen: Callable[[Strategy], bool]) -> pytest.MarkDecorator:
+    """Run a test over the strategies whose row is chosen."""
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=pytest.mark.own_processes if row.where in ("here", "fresh") else ())
+            for name, row in STRATEGIES.items()
+            if chosen(row)
+        ],
+    )
+
+
+def among(*names: str) -> pytest.MarkDecorator:
+    """Run a test over these strategies."""
+    return over(lambda row: any(row is STRATEGIES[name] for name in names))

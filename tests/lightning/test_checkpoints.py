@@ -6,60 +6,26 @@ compare bits, of all tensors under all keys.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import json
 import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
 
-import sharded_avg
-from sharded_avg.commands.cli import main
 from sharded_avg.lightning import EMAWeightAveraging
 
 from .modules import NUM_BATCHES, Tiny
+from .reference import DECAY, NUM_STEPS, assert_same, average_after, plain_loss, raw_after, with_weights
 from .runs import full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_every_strategy import DECAY, At, full_average, plain_average, with_weights
-from .test_harness import NUM_STEPS, assert_same, over, plain_loss, plain_training
-
-FILES = ("single", "ddp", "fsdp_full")
-FOLDERS = ("fsdp_sharded", "fsdp2", "deepspeed_2")
-
-
-def over_names(*names: str) -> pytest.MarkDecorator:
-    return over(lambda row: row in [STRATEGIES[name] for name in names])
-
-
-@functools.cache
-def raw_after(step: int) -> dict[str, Tensor]:
-    return plain_training(4 * NUM_BATCHES)[1][step]
-
-
-@functools.cache
-def average_after(step: int, first: int = 1) -> dict[str, Tensor]:
-    """Of every step from `first` on."""
-    return plain_average({number: raw_after(number) for number in range(first, step + 1)})
-
-
-def assert_holds(path: Path, step: int) -> None:
-    """A file with both copies of this step, each under its name."""
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["global_step"] == step
-    assert int(checkpoint["averaging_state"]["n_averaged"]) == step
-    assert_same(dict(checkpoint["state_dict"]), average_after(step))
-    assert_same(dict(checkpoint["current_model_state"]), raw_after(step))
-
+from .saved_files import FILES, FOLDERS, assert_average_in, assert_holds, fail_and_save, inspected
+from .strategies import STRATEGIES, among
+from .watching import At, full_average
 
 # -- files: every moment, every order ----------------------------------------------------------------------------------
 
@@ -100,7 +66,7 @@ def save_at_every_moment(tmp_path: Path, name: str) -> dict[str, Any]:
     return {"end": end, "again": full_weights(fitted), "keys": keys, "state": callback.state_dict()}
 
 
-@over_names(*FILES)
+@among(*FILES)
 def test_each_copy_under_its_name_at_every_moment(name: str, tmp_path: Path) -> None:
     """L7, P18, P25, P98, P109: before our callback and after it, swapped and not, at the end of training and after.
 
@@ -151,16 +117,8 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*")}
 
 
-def assert_average_in(path: Path, step: int) -> None:
-    """Of a checkpoint of any kind, as one who deploys it sees it."""
-    found = sharded_avg.load_averaged_state_dict(path)
-    expected = average_after(step)
-    assert_same(found, {name: expected[name] for name in found})
-    assert found.keys() >= {name for name, _ in Tiny().named_parameters()}
-
-
 @pytest.mark.parametrize("save_last", [True, "link"])
-@over_names("single", *FOLDERS)
+@among("single", *FOLDERS)
 def test_the_best_and_the_last(name: str, save_last: Any, tmp_path: Path) -> None:
     """P05, P06, P95: a checkpoint and its average are kept, linked, overwritten and removed as one; the last resumes.
 
@@ -198,7 +156,7 @@ def save_weights_only(tmp_path: Path, name: str) -> float:
     return float(metrics["test_loss"])
 
 
-@over_names("single", "ddp", "fsdp2")
+@among("single", "ddp", "fsdp2")
 def test_weights_only(name: str, tmp_path: Path) -> None:
     """L5: the weights that the metric was measured on, and nothing else in a file; evaluating them needs no advice."""
     expected = loss_of_average(NUM_STEPS, first=200)
@@ -217,48 +175,8 @@ def test_weights_only(name: str, tmp_path: Path) -> None:
             fresh.test(module("single"), ckpt_path=path, verbose=False)
 
 
-def inspected(path: Path) -> dict[str, Any]:
-    """What `sharded-avg inspect` says."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        assert main(["inspect", "--json", str(path)]) == 0
-    return json.loads(output.getvalue())
-
-
-# -- errors, threads, user's hooks -------------------------------------------------------------------------------------
-
-
-class OnPurposeError(Exception):
-    pass
-
-
-class FailsIn(lightning.Callback):
-    """Raises in the second epoch, in its second batch."""
-
-    def __init__(self, moment: str) -> None:
-        setattr(self, moment, self._fail)
-
-    def _fail(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
-        batch_idx = next(value for value in reversed(arguments) if type(value) is int) if arguments else 1
-        if trainer.current_epoch == 1 and batch_idx == 1:
-            raise OnPurposeError
-
-
-def fail_and_save(tmp_path: Path, name: str, moment: str) -> dict[str, Tensor]:
-    """Lightning's two callbacks save, and one's own before and after ours."""
-    own = [At("on_exception", lambda t, at=at: t.save_checkpoint(tmp_path / f"{at}.ckpt")) for at in "12"]
-    keeper = ModelCheckpoint(tmp_path, "3", every_n_epochs=99, save_on_exception=True, enable_version_counter=False)
-    others = [keeper, OnExceptionCheckpoint(tmp_path, "4"), FailsIn(moment)]
-    fitted = trainer(tmp_path, name, [own[0], EMAWeightAveraging(decay=DECAY), own[1], *others])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`?.fit\(ckpt_path=")  # OnExceptionCheckpoint has it look for one
-        with pytest.raises(OnPurposeError):
-            fitted.fit(module(name))
-    return full_weights(fitted)
-
-
 @pytest.mark.parametrize(("moment", "step"), [("on_validation_batch_end", NUM_STEPS), ("on_train_batch_start", 5)])
-@over_names("single", "ddp")
+@among("single", "ddp")
 def test_saved_on_an_exception(name: str, moment: str, step: int, tmp_path: Path) -> None:
     """L6, P18, P67, P109: in validation and training; each copy under its name, whoever saves; raw weights after."""
     for weights in run(name, fail_and_save, tmp_path, name=name, moment=moment):
@@ -293,7 +211,7 @@ def save_asynchronously(tmp_path: Path, name: str) -> list[bool]:
     return early
 
 
-@over_names("single", "ddp")
+@among("single", "ddp")
 def test_asynchronous_saving(name: str, tmp_path: Path) -> None:
     """P23: written long after, what lands is of the moment of the call."""
     by_rank = run(name, save_asynchronously, tmp_path, name=name)
@@ -312,7 +230,7 @@ def save_before_the_first_update(tmp_path: Path, name: str) -> float:
     return float(metrics["test_loss"])
 
 
-@over_names("single", "ddp", "fsdp2")
+@among("single", "ddp", "fsdp2")
 def test_before_the_first_update(name: str, tmp_path: Path) -> None:
     """L2, P03, P10: there is no average, and nothing in its place; the weights are those of the moment."""
     expected = plain_loss(with_weights(raw_after(NUM_BATCHES)), first=200)
@@ -360,7 +278,7 @@ def fit_renaming(tmp_path: Path, name: str) -> dict[str, Any]:
     return {"called": (model.called, again.called), "average": full_average(callback)}
 
 
-@over_names("single", "ddp")
+@among("single", "ddp")
 def test_users_own_edits(name: str, tmp_path: Path) -> None:
     """P12: each copy is edited when it is saved and when it is loaded, on every rank equally often."""
     for seen in run(name, fit_renaming, tmp_path, name=name):
@@ -390,7 +308,7 @@ def fit_counting(tmp_path: Path, name: str) -> int:
     return model.num_saves
 
 
-@over_names("ddp", "fsdp_full", "fsdp2", "deepspeed_2")
+@among("ddp", "fsdp_full", "fsdp2", "deepspeed_2")
 def test_hooks_are_called_on_all_ranks(name: str, tmp_path: Path) -> None:
     """P12: once for each copy in a file; for folders once, as without an average. Or a hook that gathers would hang."""
     row = STRATEGIES[name]

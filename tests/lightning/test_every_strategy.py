@@ -5,51 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
-from torch import Tensor
 
 from sharded_avg.lightning import EMAWeightAveraging
 
-from .modules import NUM_BATCHES, Tiny
+from .modules import NUM_BATCHES
+from .reference import DECAY, NUM_STEPS, assert_same, plain_average, plain_loss, plain_training, with_weights
 from .runs import full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_harness import NUM_STEPS, assert_same, over, plain_loss, plain_training
+from .strategies import STRATEGIES, over
+from .watching import At, full_average
 
-DECAY = 0.75
 # After the step and before its update, by a callback before ours; while swapped; after it; between epochs; when the
 # model holds the average for good.
 MOMENTS = ("on_train_batch_end", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
 SOME_MOMENTS = ("on_validation_epoch_end", "on_train_end")
-
-
-def plain_average(weights: dict[int, dict[str, Tensor]], decay: float = DECAY) -> dict[str, Tensor]:
-    """The average of the weights after each step, floating-point buffers included, by the formula."""
-    first, *others = [weights[step] for step in sorted(weights)]
-    average = {name: value.clone() for name, value in first.items()}
-    for live in others:
-        for name, value in live.items():
-            average[name] = average[name].lerp(value, 1 - decay) if value.is_floating_point() else value.clone()
-    return average
-
-
-def with_weights(weights: dict[str, Tensor]) -> Tiny:
-    model = Tiny()
-    model.load_state_dict(weights)
-    return model
-
-
-def full_average(callback: Any) -> dict[str, Tensor]:
-    with callback.average.summon_full_params(rank0_only=False) as full:
-        return {name: value.clone() for name, value in full.items()}
-
-
-class At(lightning.Callback):
-    """Does something at one moment of every epoch of a fit."""
-
-    def __init__(self, moment: str, act: Any) -> None:
-        setattr(self, moment, lambda trainer, *_: None if trainer.sanity_checking else act(trainer))
 
 
 def fit_averaged(tmp_path: Path, name: str) -> dict[str, Any]:

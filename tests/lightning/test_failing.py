@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,18 +22,13 @@ from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging, saving, t
 from sharded_avg.shard import take
 
 from .modules import NUM_BATCHES, Tiny
+from .reference import DECAY, NUM_STEPS, Weights, assert_same, plain_average, plain_training
 from .runs import Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_every_strategy import DECAY, At, full_average, plain_average
-from .test_harness import NUM_STEPS, assert_same, over, plain_training
+from .strategies import STRATEGIES, among
+from .watching import At, full_average, stopping
 
-Weights = dict[str, Tensor]
 MESSAGE = "by design"
 PLACES = ("training_step", "on_validation_start", "validation_step", "on_validation_epoch_end", "on_validation_end")
-
-
-def rows(*names: str) -> pytest.MarkDecorator:
-    return over(lambda row: row in [STRATEGIES[name] for name in names])
 
 
 class Failing(Tiny):
@@ -84,17 +76,6 @@ class FailingCallback(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.is_last_batch:
             pl_module.reach(f"on_train_batch_end of a callback {self.order}")
-
-
-@contextmanager
-def stopping(error: type[BaseException]) -> Iterator[None]:
-    """Lightning exits after Ctrl-C, and listens to no further one."""
-    listening = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
-            yield
-    finally:
-        signal.signal(signal.SIGINT, listening)
 
 
 def fit_failing(tmp_path: Path, name: str, places: list[str], error: type[BaseException]) -> list[dict[str, Any]]:
@@ -222,7 +203,7 @@ def fail_alone(tmp_path: Path, name: str, saving_grace_s: float | None) -> dict[
     return found
 
 
-@rows("ddp", "fsdp2", "deepspeed_2")
+@among("ddp", "fsdp2", "deepspeed_2")
 @pytest.mark.parametrize("saving_grace_s", [None, 60.0, 0.1], ids=["nothing saved", "met again", "gave up again"])
 def test_error_on_one_rank(name: str, saving_grace_s: float | None, tmp_path: Path) -> None:
     """L6: what a rank owns is raw again; it waits for others as long as they may come, and no longer.

@@ -8,41 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from sharded_avg import SWA
-from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging
+from sharded_avg import SWA, load_averaged_state_dict
+from sharded_avg.errors import UnsupportedModelError
+from sharded_avg.lightning import WeightAveraging
 
 from .modules import NUM_BATCHES
-from .runs import Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_every_strategy import DECAY, At, full_average, plain_average
-from .test_harness import NUM_STEPS, assert_same, over, plain_training
+from .reference import NUM_STEPS, Weights, assert_same, plain_average, plain_loss, plain_training, with_weights
+from .runs import full_weights, module, run, trainer
+from .strategies import among
+from .watching import Seen, counts, full_average
 
 ANEW = "the weights were changed since the last fit"
-
-
-def among(*names: str) -> pytest.MarkDecorator:
-    return over(lambda row: any(row is STRATEGIES[name] for name in names))
-
-
-def counts(callback: Any) -> tuple[int, int]:
-    return callback.average.n_averaged, callback.average.num_steps
-
-
-class Seen:
-    """What two fits of one module by one trainer did."""
-
-    def __init__(self, tmp_path: Path, name: str) -> None:
-        self.callback, self.recorder = EMAWeightAveraging(decay=DECAY), Recorder()
-        self.began: list[dict[str, Tensor]] = []
-        look = At("on_train_start", lambda t: self.began.append(full_weights(t)))
-        self.trainer = trainer(tmp_path, name, [self.callback, look, self.recorder], max_epochs=1)
-        self.module = module(name)
-
-    def fit(self, max_epochs: int, **arguments: Any) -> None:
-        self.trainer.fit_loop.max_epochs = max_epochs
-        self.trainer.fit(self.module, **arguments)
 
 
 def fit_twice(tmp_path: Path, name: str) -> dict[str, Any]:
@@ -160,3 +137,58 @@ def test_a_checkpoint_wins_over_what_was_there(tmp_path: Path) -> None:
     _, weights = plain_training(NUM_STEPS)
     assert_same(full_average(seen.callback), plain_average(weights))
     assert counts(seen.callback) == (NUM_STEPS, NUM_STEPS)
+
+
+# -- DeepSpeed evaluates with another engine than it trains ------------------------------------------------------------
+
+
+def fit_save_validate_fit(tmp_path: Path, name: str) -> dict[str, dict[str, Any]]:
+    return {end_with: _fit_save_validate_fit(tmp_path / end_with, name, end_with) for end_with in ("average", "raw")}
+
+
+def _fit_save_validate_fit(folder: Path, name: str, end_with: str) -> dict[str, Any]:
+    seen, refused = Seen(folder, name), None
+    seen.callback.end_with = end_with
+    seen.fit(1)
+    seen.trainer.save_checkpoint(folder / "before.ckpt")
+    (validated,) = seen.trainer.validate(seen.module, verbose=False)
+    try:
+        seen.trainer.save_checkpoint(folder / "between.ckpt")
+    except UnsupportedModelError as error:
+        refused = str(error)
+    seen.fit(2)
+    seen.trainer.save_checkpoint(folder / "end.ckpt")
+    return {
+        "refused": refused,
+        "val_loss": validated["val_loss"],
+        "began": seen.began[1],
+        "weights": seen.recorder.weights,
+        "average": full_average(seen.callback),
+        "end": full_weights(seen.trainer),
+        "counts": counts(seen.callback),
+    }
+
+
+@among("deepspeed_2", "deepspeed_3")
+def test_saved_and_validated_between_two_fits(name: str, tmp_path: Path) -> None:
+    """Under ZeRO 3 DeepSpeed cannot save then: all ranks say so. The second fit goes on from the raw weights."""
+    for ranks in run(name, fit_save_validate_fit, tmp_path, name=name):
+        for end_with, seen in ranks.items():
+            assert (seen["refused"] is None) == (name == "deepspeed_2")
+            assert name == "deepspeed_2" or "Save before you call validate" in seen["refused"]
+            weights = seen["weights"]
+            assert_same(seen["began"], weights[NUM_BATCHES])
+            assert_same(seen["average"], plain_average(weights))
+            assert_same(seen["end"], plain_average(weights) if end_with == "average" else weights[NUM_STEPS])
+            assert seen["counts"] == (NUM_STEPS, NUM_STEPS)
+            half = plain_average({step: weights[step] for step in range(1, NUM_BATCHES + 1)})
+            assert seen["val_loss"] == pytest.approx(plain_loss(with_weights(half), first=100), rel=1e-6)
+            saved = {"before": half, "end": plain_average(weights)}
+            saved |= {"between": half} if name == "deepspeed_2" else {}
+            for when, average in saved.items():
+                loaded = load_averaged_state_dict(tmp_path / end_with / f"{when}.ckpt" / "average")
+                assert_same({key: loaded[key] for key in average if key != "calls"}, _without_calls(average))
+
+
+def _without_calls(state: Weights) -> Weights:
+    return {key: value for key, value in state.items() if key != "calls"}

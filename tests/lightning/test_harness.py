@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
 from torch import Tensor
 
-from .modules import NUM_BATCHES, Tiny, TwoOptimizers, batches, make_optimizer
+from .modules import NUM_BATCHES, TwoOptimizers
+from .reference import NUM_STEPS, assert_same, plain_loss, plain_training, plain_training_by_hand
 from .runs import Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES, Strategy
+from .strategies import STRATEGIES, over
+from .watching import SaveAtEnd
 
-NUM_STEPS = 2 * NUM_BATCHES  # of two epochs
 VARIANTS: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": "adam"},
     "frozen": {"frozen": True},
@@ -24,71 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "own_batches": {"own_batches": True},
     "tied": {"tied": True},
 }
-
-
-def over(chosen: Callable[[Strategy], bool]) -> pytest.MarkDecorator:
-    """Run a test over the strategies whose row is chosen."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=pytest.mark.own_processes if row.where in ("here", "fresh") else ())
-            for name, row in STRATEGIES.items()
-            if chosen(row)
-        ],
-    )
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], *, exact: bool = True) -> None:
-    assert left.keys() == right.keys()
-    tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-6}
-    for name, tensor in left.items():
-        torch.testing.assert_close(tensor, right[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def plain_training(
-    num_steps: int, *, num_replicas: int = 1, **options: Any
-) -> tuple[Any, dict[int, dict[str, Tensor]]]:
-    """The module after a loop that knows no Lightning, and the weights after each of its steps.
-
-    With batches of their own, replicas step by the mean of their gradients.
-    """
-    model = Tiny(**options | {"late": False})
-    ranks = range(num_replicas) if options.get("own_batches") else [None]
-    data = [batches(NUM_BATCHES, rank=rank) for rank in ranks]
-    trained = [param for param in model.parameters() if param.requires_grad]
-    optimizer = make_optimizer(options.get("optimizer", "sgd"), trained)
-    weights = {}
-    for step in range(num_steps):
-        optimizer.zero_grad()
-        model.move_buffers()
-        for own in data:
-            (model._loss(own[step % NUM_BATCHES]) / len(data)).backward()
-        optimizer.step()
-        weights[step + 1] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return model, weights
-
-
-def plain_training_by_hand(num_steps: int) -> dict[str, Tensor]:
-    """What `TwoOptimizers` does, without Lightning."""
-    model, data = TwoOptimizers(), batches(NUM_BATCHES)
-    optimizers = model.configure_optimizers()
-    for step in range(num_steps):
-        model.move_buffers()
-        due = optimizers[: 1 + step % 2]
-        for optimizer in due:
-            optimizer.zero_grad()
-        model._loss(data[step % NUM_BATCHES]).backward()
-        for optimizer in due:
-            optimizer.step()
-    return dict(model.state_dict())
-
-
-def plain_loss(model: Any, first: int) -> float:
-    """The mean loss over the batches of an evaluation, which begin at this number."""
-    model.eval()
-    with torch.no_grad():
-        losses = [model._loss(batch) for batch in batches(2, first=first)]
-    return float(torch.stack(losses).mean())
 
 
 def fit(tmp_path: Path, name: str, **options: Any) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
@@ -124,16 +58,6 @@ def test_variants_train_like_plain_loops(name: str, tmp_path: Path) -> None:
             replicas = STRATEGIES[name].num_replicas
             _, expected = plain_training(NUM_STEPS, num_replicas=replicas, **VARIANTS[variant])
             assert_same(final, expected[NUM_STEPS], exact=STRATEGIES[name].exact)
-
-
-class SaveAtEnd(lightning.Callback):
-    """A checkpoint of the end of training, made by the ranks that train."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.save_checkpoint(self.path)
 
 
 def fit_in_two_runs(tmp_path: Path, name: str) -> dict[str, Tensor]:

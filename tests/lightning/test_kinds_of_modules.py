@@ -17,10 +17,10 @@ from torch._dynamo.testing import CompileCounter
 from sharded_avg.lightning import EMAWeightAveraging
 
 from .modules import NUM_BATCHES, Tiny, batches, loader, make_optimizer
+from .reference import DECAY, NUM_STEPS, assert_same, plain_average, plain_loss, plain_training, with_weights
 from .runs import Recorder, full_weights, module, run, trainer
-from .test_every_strategy import DECAY, At, full_average, plain_average, with_weights
-from .test_fit_again import among, counts
-from .test_harness import NUM_STEPS, assert_same, plain_loss, plain_training
+from .strategies import among
+from .watching import At, counts, full_average
 
 # --- made in configure_model -----------------------------------------------------------------------------------------
 

@@ -28,9 +28,9 @@ import sharded_avg.lightning as ours
 from sharded_avg import EMA
 
 from .modules import NUM_BATCHES, Tiny
+from .reference import DECAY, NUM_STEPS, assert_same
 from .runs import module, trainer
-from .test_every_strategy import DECAY, At
-from .test_harness import NUM_STEPS, assert_same
+from .watching import At
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 NAMES = ("WeightAveraging", "EMAWeightAveraging")

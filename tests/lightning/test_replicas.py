@@ -11,9 +11,9 @@ from sharded_avg import load_averaged_state_dict
 from sharded_avg.lightning import EMAWeightAveraging
 
 from .modules import NUM_BATCHES, Tiny
+from .reference import DECAY, NUM_STEPS, assert_same, plain_average, plain_training
 from .runs import module, run, trainer
-from .test_every_strategy import DECAY, At, full_average, plain_average
-from .test_harness import NUM_STEPS, assert_same, plain_training
+from .watching import At, full_average
 
 UNUSED = {"data_parallel_size": 1, "tensor_parallel_size": 2}  # what ModelParallelStrategy() means on two devices
 

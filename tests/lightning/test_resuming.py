@@ -26,11 +26,21 @@ from sharded_avg.lightning import EMAWeightAveraging
 from sharded_avg.lightning import callback as building
 
 from .modules import NUM_BATCHES, Tiny
+from .reference import (
+    DECAY,
+    NUM_STEPS,
+    assert_same,
+    average_after,
+    plain_average,
+    plain_loss,
+    plain_training,
+    raw_after,
+    with_weights,
+)
 from .runs import Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_checkpoints import FOLDERS, assert_average_in, average_after, fail_and_save, inspected, over_names, raw_after
-from .test_every_strategy import DECAY, At, full_average, plain_average, with_weights
-from .test_harness import NUM_STEPS, assert_same, plain_loss, plain_training
+from .saved_files import FOLDERS, assert_average_in, fail_and_save, inspected
+from .strategies import STRATEGIES, among
+from .watching import At, full_average
 
 ALL_STEPS = 3 * NUM_BATCHES
 
@@ -94,7 +104,7 @@ def fit_with_sanity_checks(tmp_path: Path, name: str, options: dict[str, Any]) -
     return [fit_in_parts(tmp_path, name, [1, 3], options, num_sanity_val_steps=steps) for steps in (0, 2)]
 
 
-@over_names("single", "ddp", "fsdp2", "deepspeed_2")
+@among("single", "ddp", "fsdp2", "deepspeed_2")
 def test_an_extended_run_is_one_long_run(name: str, tmp_path: Path) -> None:
     """P04, P19, P27, P92, P93: Adam, from the final checkpoint of a finished run, with sanity checks and without.
 
@@ -127,7 +137,7 @@ def resume_late(tmp_path: Path, name: str) -> dict[str, Any]:
     return ends
 
 
-@over_names("single", "ddp", "fsdp_full", *FOLDERS)
+@among("single", "ddp", "fsdp_full", *FOLDERS)
 def test_late_start(name: str, tmp_path: Path) -> None:
     """P10, P24, P94: what waits for its step goes on waiting, every second step stays every second, one long run."""
     updates = [7, 9, 11]
@@ -240,7 +250,7 @@ def resume_after_failing(tmp_path: Path, name: str) -> list[dict[str, Any]]:
         return [restored(tmp_path, name, tmp_path / f"{at}.ckpt") for at in "12"]
 
 
-@over_names("fsdp2", "deepspeed_2")
+@among("fsdp2", "deepspeed_2")
 def test_folders_saved_on_an_exception(name: str, tmp_path: Path) -> None:
     """L6, P18: in validation; who saves is as in test_checkpoints.py."""
     for seen in itertools.chain(*run(name, resume_after_failing, tmp_path, name=name)):
@@ -298,7 +308,7 @@ def resume_from_torn(tmp_path: Path, name: str, hows: list[str]) -> dict[str, An
     return outcomes
 
 
-@over_names(*FOLDERS)
+@among(*FOLDERS)
 def test_torn_folders_are_refused(name: str, tmp_path: Path) -> None:
     """P96: with advice; by request the weights are used alone, with one warning, and a new average starts."""
     hows = list(TORN) if name == "fsdp2" else ["without average", "of another step"]
@@ -321,7 +331,7 @@ def save_after_fit(tmp_path: Path, name: str) -> tuple[dict[str, Any], dict[str,
     return full_weights(fitted), restored(tmp_path, name, path)
 
 
-@over_names("fsdp2", "deepspeed_2")
+@among("fsdp2", "deepspeed_2")
 def test_folder_saved_after_fit(name: str, tmp_path: Path) -> None:
     """L7, P04: it has the raw weights, though the model has the average, before and after."""
     for end, seen in run(name, save_after_fit, tmp_path, name=name):
@@ -346,7 +356,7 @@ def overwrite_and_be_killed(tmp_path: Path, name: str) -> dict[str, Any]:
     return {"after_two": after_two, "killed": outcome(lambda: restored(tmp_path, name, path))}
 
 
-@over_names("fsdp2", "deepspeed_2")
+@among("fsdp2", "deepspeed_2")
 def test_killed_between_model_and_average(name: str, tmp_path: Path) -> None:
     """P96: a folder that is written again is the new checkpoint; half written, it is refused, never mixed."""
     for seen in run(name, overwrite_and_be_killed, tmp_path, name=name):
@@ -372,7 +382,7 @@ def resume_without_average(tmp_path: Path, name: str) -> tuple[Any, ...]:
     return raw, outcome(resume)
 
 
-@over_names("single", "ddp", *FOLDERS)
+@among("single", "ddp", *FOLDERS)
 def test_a_checkpoint_without_an_average(name: str, tmp_path: Path) -> None:
     """P97: its weights are the start of one, and one line says so."""
     expected = average_after(NUM_STEPS, NUM_BATCHES + 1)
@@ -384,7 +394,7 @@ def test_a_checkpoint_without_an_average(name: str, tmp_path: Path) -> None:
         assert_same(end["average"], expected)
 
 
-@over_names(*FOLDERS)
+@among(*FOLDERS)
 def test_what_is_in_a_folder(name: str, tmp_path: Path) -> None:
     """P27: the average is one folder in it, which whoever deploys it and the command line find."""
     run(name, save_with, tmp_path, name=name)

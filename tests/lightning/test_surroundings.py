@@ -24,12 +24,11 @@ from sharded_avg.errors import EngineVersionError
 from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging
 from sharded_avg.lightning.trainers import callback_class, check
 
-from .modules import NUM_BATCHES, Tiny, batches, loader, of_package
+from .modules import NUM_BATCHES, Tiny, Tunable, of_package
+from .reference import DECAY, NUM_STEPS, assert_same, plain_average, plain_training
 from .runs import QUIET, Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES
-from .test_every_strategy import DECAY, At, full_average, plain_average
-from .test_fit_again import among, counts
-from .test_harness import NUM_STEPS, assert_same, plain_training
+from .strategies import STRATEGIES, among
+from .watching import At, counts, full_average
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -219,24 +218,6 @@ def test_the_supported_range_is_one_everywhere() -> None:
     too_new = mock.Mock(spec=["callbacks", "strategy"])
     with pytest.raises(EngineVersionError, match=rf"no Mock\.save_checkpoint.*lightning>=2\.6,<={tested[1]}, or"):
         check(too_new)
-
-
-# --- tuners ---------------------------------------------------------------------------------------------------------
-
-
-class Tunable(Tiny):
-    """Has what tuners turn: a learning rate and a batch size."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.lr, self.batch_size = 0.1, 1
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.5)
-
-    def train_dataloader(self) -> Any:
-        self.batch_size
-        return loader(batches(NUM_BATCHES))
 
 
 def tuned(tmp_path: Path, name: str, how: str) -> dict[str, Any]:
