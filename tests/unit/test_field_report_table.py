@@ -13,13 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "field_reports.md"
-ROW = re.compile(r"^\| ([PL]\d+) \|")
+ROW = re.compile(r"^\| ([PLR]\d+) \|")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
 PENDING = "pending"
 FEWEST_WORDS = 4  # of a reason
 
 NOT_GIVEN = {16, 21, 29, 38, 48, 49, 53, 61, 104, 107}  # numbers of P that no report has
 IDS = [*(f"P{n:02}" for n in range(1, 110) if n not in NOT_GIVEN), *(f"L{n}" for n in range(1, 19))]
+SECOND_ROUND = [f"R{n:02}" for n in range(1, 22)]
 
 
 @cache
@@ -49,7 +50,7 @@ def documented(file: str, name: str) -> Iterator[str]:
 def test_every_report_has_one_row() -> None:
     ids = [row[0] for row in rows()]
     assert [name for name, count in Counter(ids).items() if count > 1] == []
-    assert ids == IDS
+    assert [name for name in ids if name not in SECOND_ROUND] == IDS
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
