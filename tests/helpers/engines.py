@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from .further import covered_by
 from .models import Awkward, Block, Frozen, Low, awkward, batch, clean
 from .pool import run_on_ranks
 
@@ -355,9 +356,30 @@ ENGINES = {
 ONE_PROCESS = Row(plain, (1,))
 
 
-every_engine = pytest.mark.parametrize(
-    ("row", "world_size"),
-    [(name, size) for name, row in ENGINES.items() for size in row.world_sizes],
+# Without --all, test_contract.py takes every engine on one number of ranks, and the other tables these: every way that
+# parameters are cut or replicated, weights kept beside their masters, and left unsharded by a forward.
+COVER = {
+    ("ddp", 3),
+    ("fsdp1-full-views", 2),
+    ("fsdp1-grad_op-flat", 2),
+    ("fsdp1-no_shard-flat", 3),
+    ("fsdp1-hybrid-flat", 4),
+    ("fsdp1-mixed-flat", 3),
+    ("fsdp2", 3),
+    ("fsdp2-hsdp", 4),
+    ("fsdp2-offload", 2),
+    ("tp-fsdp2", 4),
+    ("zero0-bf16", 2),
+    ("zero1-groups", 3),
+    ("zero2", 2),
+    ("zero3-bf16-groups", 2),
+}
+ROWS = [(name, size) for name, row in ENGINES.items() for size in row.world_sizes]
+ONE_SIZE = [(name, row.world_sizes[0]) for name, row in ENGINES.items()]
+every_engine = pytest.mark.parametrize(("row", "world_size"), covered_by(COVER, ROWS))
+every_row = pytest.mark.parametrize(("row", "world_size"), covered_by(ONE_SIZE, ROWS))
+one_size = pytest.mark.parametrize(
+    ("row", "world_size"), covered_by([each for each in ONE_SIZE if each[0] in dict(COVER)], ONE_SIZE)
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 STRENGTHS = {"each_value": 1, "each_pair": 2}
-Row = tuple[tuple[str, int], ...]  # of a product: which value each parameter has
+Row = tuple[tuple[str, str], ...]  # of a product: which value each parameter has, by what it looks like
 
 
 def further(*row: Any, id: str | None = None) -> Any:
@@ -49,7 +49,7 @@ def is_further(items: Sequence[pytest.Item]) -> list[bool]:
 
 
 def _row(item: Any) -> Row:
-    return tuple(sorted(item.callspec.indices.items()))
+    return tuple((name, repr(value)) for name, value in item.callspec.params.items())
 
 
 def covering(rows: Sequence[Row], strength: int) -> set[int]:

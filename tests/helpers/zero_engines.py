@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sharded_avg.shard import Interval, Shard, put
 from sharded_avg.weights.layouts.zero import ZeroLayout
 
+from .further import covered_by
+
 KEPT_ELEMENTS = 8  # parameters up to this size stay gathered under stage 3
 Config = dict[str, Any]
 
@@ -68,6 +70,18 @@ CONFIGS: dict[str, tuple[int, str, str | None, Config]] = {
 }
 ONE_PER_STAGE = ["0-bf16", "1-bf16-fp32grads", "2-bf16-roundrobin", "3-bf16"]
 every_stage = pytest.mark.parametrize("name", ONE_PER_STAGE)
+two_stages = pytest.mark.parametrize("name", covered_by(("2-bf16-roundrobin", "3-bf16"), ONE_PER_STAGE))
+# One for each optimizer that DeepSpeed makes, and for each place where it keeps masters and weights.
+COVER = [
+    *ONE_PER_STAGE,
+    "2-fp32",
+    "2-bf16-offload",
+    "3-bf16-all-kept",
+    "3-bf16-subgroups",
+    "3-bf16-hpz",
+    "3-bf16-offload",
+]
+every_config = pytest.mark.parametrize("name", covered_by(COVER, CONFIGS))
 
 
 def settings(name: str, **more: Any) -> Config:

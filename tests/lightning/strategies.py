@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,18 +198,20 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def over(chosen: Callable[[Strategy], bool]) -> pytest.MarkDecorator:
-    """Run a test over the strategies whose row is chosen."""
-    return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=pytest.mark.own_processes if row.where in ("here", "fresh") else ())
-            for name, row in STRATEGIES.items()
-            if chosen(row)
-        ],
-    )
+# Without --all: one of each way to hold a model, by files and by folders. test_every_strategy.py takes all.
+COVER = ("single", "ddp", "fsdp_by_hand", "fsdp2", "deepspeed_2")
 
 
-def among(*names: str) -> pytest.MarkDecorator:
-    """Run a test over these strategies."""
-    return over(lambda row: any(row is STRATEGIES[name] for name in names))
+def over(chosen: Callable[[Strategy], bool], *, cover: Sequence[str] = tuple(STRATEGIES)) -> pytest.MarkDecorator:
+    """Run a test over the strategies whose row is chosen; those that are not in `cover` are further rows."""
+    rows = []
+    for name, row in STRATEGIES.items():
+        marks = [pytest.mark.own_processes] if row.where in ("here", "fresh") else []
+        marks += [] if name in cover else [pytest.mark.further]
+        rows += [pytest.param(name, marks=marks)] if chosen(row) else []
+    return pytest.mark.parametrize("name", rows)
+
+
+def among(*names: str, further: Sequence[str] = ()) -> pytest.MarkDecorator:
+    """Run a test over these strategies; over the `further` ones with --all only."""
+    return over(lambda row: any(row is STRATEGIES[name] for name in (*names, *further)), cover=names)

@@ -142,6 +142,7 @@ def fit_refreshed(tmp_path: Path, name: str, use_buffers: bool) -> dict[str, Any
     return {"metrics": looks.metrics, "steps": recorder.weights}
 
 
+@pytest.mark.each_value
 @among("single", "ddp", "fsdp2")
 @pytest.mark.parametrize("use_buffers", [True, False])
 def test_batch_norm_refreshed_for_the_average(name: str, use_buffers: bool, tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*")}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("save_last", [True, "link"])
 @among("single", *FOLDERS)
 def test_the_best_and_the_last(name: str, save_last: Any, tmp_path: Path) -> None:

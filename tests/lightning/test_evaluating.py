@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from sharded_avg.lightning import EMAWeightAveraging
+from tests.helpers.further import further
 
 from .modules import NUM_BATCHES, batches
 from .reference import (
@@ -33,8 +34,10 @@ from .watching import At
 OPTIONS = [("average", "average"), ("raw", "average"), ("both", "average"), ("average", "raw"), ("both", "raw")]
 COMBINATIONS = [
     *(("single", *options) for options in OPTIONS),
-    *((name, "average", "raw") for name in ("ddp", "fsdp_sharded", "fsdp2", "deepspeed_2")),
-    *((name, "both", "average") for name in ("ddp", "fsdp2")),
+    *((name, "average", "raw") for name in ("ddp", "fsdp_sharded", "deepspeed_2")),
+    ("fsdp2", "both", "average"),
+    further("fsdp2", "average", "raw"),
+    further("ddp", "both", "average"),
 ]
 
 

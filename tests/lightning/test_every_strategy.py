@@ -13,7 +13,7 @@ from sharded_avg.lightning import EMAWeightAveraging
 from .modules import NUM_BATCHES
 from .reference import DECAY, NUM_STEPS, assert_same, plain_average, plain_loss, plain_training, with_weights
 from .runs import full_weights, module, run, trainer
-from .strategies import STRATEGIES, over
+from .strategies import COVER, STRATEGIES, over
 from .watching import At, full_average
 
 # After the step and before its update, by a callback before ours; while swapped; after it; between epochs; when the
@@ -78,7 +78,7 @@ def fit_in_two(tmp_path: Path, name: str, moments: tuple[str, ...]) -> list[dict
     return ends
 
 
-@over(lambda row: row.where != "fresh")
+@over(lambda row: row.where != "fresh", cover=COVER)
 def test_resumed_run_equals_one_long_run(name: str, tmp_path: Path) -> None:
     """P04, P18, P92, P93: whenever the checkpoint was written, the resumed average is that of one long run."""
     _, weights = plain_training(NUM_STEPS)
@@ -103,7 +103,7 @@ def evaluate_alone(tmp_path: Path, name: str) -> dict[str, float]:
     return losses
 
 
-@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints)
+@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints, cover=COVER)
 def test_checkpoint_evaluated_alone(name: str, tmp_path: Path) -> None:
     """P07, P17: a Trainer that has not trained evaluates the average of a checkpoint, the raw weights, or both."""
     _, weights = plain_training(NUM_STEPS)

@@ -121,6 +121,7 @@ def fail_alone(tmp_path: Path, name: str, rank: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("rank", [0, 1])
 @among("ddp", "fsdp_full")
 def test_one_rank_fails_while_it_trains(name: str, rank: int, tmp_path: Path) -> None:

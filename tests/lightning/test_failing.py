@@ -203,6 +203,7 @@ def fail_alone(tmp_path: Path, name: str, saving_grace_s: float | None) -> dict[
     return found
 
 
+@pytest.mark.each_value
 @among("ddp", "fsdp2", "deepspeed_2")
 @pytest.mark.parametrize("saving_grace_s", [None, 60.0, 0.1], ids=["nothing saved", "met again", "gave up again"])
 def test_error_on_one_rank(name: str, saving_grace_s: float | None, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .modules import NUM_BATCHES, TwoOptimizers
 from .reference import NUM_STEPS, assert_same, plain_loss, plain_training, plain_training_by_hand
 from .runs import Recorder, full_weights, module, run, trainer
-from .strategies import STRATEGIES, over
+from .strategies import COVER, STRATEGIES, among, over
 from .watching import SaveAtEnd
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ def _has(name: str, variant: str) -> bool:
     return not (name == "fsdp2_tp" and variant == "tied")  # parallelize_module unties them
 
 
-@over(lambda row: row.where != "fresh")
+@over(lambda row: row.where != "fresh", cover=COVER)
 def test_variants_train_like_plain_loops(name: str, tmp_path: Path) -> None:
     for finals in run(name, fit_variants, tmp_path, name=name):
         for variant, final in finals.items():
@@ -69,7 +69,7 @@ def fit_in_two_runs(tmp_path: Path, name: str) -> dict[str, Tensor]:
     return full_weights(resumed)
 
 
-@over(lambda row: True)
+@over(lambda row: True, cover=COVER)
 def test_resuming_equals_one_long_run(name: str, tmp_path: Path) -> None:
     _, plain = plain_training(NUM_STEPS)
     straight = plain[NUM_STEPS] if STRATEGIES[name].exact else run(name, fit, tmp_path, name=name)[0][1]
@@ -87,7 +87,7 @@ def evaluate(tmp_path: Path, name: str) -> tuple[float, float, dict[str, Tensor]
     return validated["val_loss"], tested["test_loss"], full_weights(validating)
 
 
-@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints)
+@over(lambda row: row.where != "fresh" and row.evaluates_checkpoints, cover=COVER)
 def test_evaluating_a_checkpoint_by_itself(name: str, tmp_path: Path) -> None:
     model, expected = plain_training(NUM_STEPS)
     for validated, tested, weights in run(name, evaluate, tmp_path, name=name):
@@ -120,7 +120,7 @@ def fit_again(tmp_path: Path, name: str) -> tuple[float, float, dict[str, Tensor
     return in_fit, alone["val_loss"], recorder.weights[NUM_BATCHES], between, fitted.global_step
 
 
-@over(lambda row: row.where != "fresh" and row.runs_again)
+@over(lambda row: row.where != "fresh" and row.runs_again, cover=COVER)
 def test_one_module_can_be_trained_validated_and_trained_on(name: str, tmp_path: Path) -> None:
     for in_fit, alone, trained, between, global_step in run(name, fit_again, tmp_path, name=name):
         assert in_fit == alone
@@ -136,7 +136,7 @@ def validate_in_bf16(tmp_path: Path, name: str) -> tuple[dict[str, Tensor], dict
     return masters, full_weights(fitted)
 
 
-@over(lambda row: row.where == "deepspeed")
+@over(lambda row: row.where == "deepspeed", cover=COVER)
 def test_an_engine_that_only_evaluates_has_no_masters(name: str, tmp_path: Path) -> None:
     for masters, weights in run(name, validate_in_bf16, tmp_path, name=name):
         assert masters["head.weight"].dtype == torch.float32
@@ -150,7 +150,7 @@ def fit_by_hand(tmp_path: Path, name: str) -> dict[str, Tensor]:
     return full_weights(fitted)
 
 
-@over(lambda row: row.two_optimizers)
+@over(lambda row: row.two_optimizers, cover=COVER)
 def test_two_optimizers_stepped_by_hand(name: str, tmp_path: Path) -> None:
     expected = plain_training_by_hand(NUM_STEPS)
     for weights in run(name, fit_by_hand, tmp_path, name=name):
@@ -165,7 +165,7 @@ def fit_in_the_other_package(tmp_path: Path, name: str) -> dict[str, Tensor]:
     return full_weights(fitted)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp_full", "fsdp2", "deepspeed_3"])
+@among("ddp", "fsdp2", further=["fsdp_full", "deepspeed_3"])
 def test_pytorch_lightning_trains_alike(name: str, tmp_path: Path) -> None:
     _, expected = plain_training(NUM_STEPS)
     for weights in run(name, fit_in_the_other_package, tmp_path, name=name):

@@ -137,7 +137,7 @@ def resume_late(tmp_path: Path, name: str) -> dict[str, Any]:
     return ends
 
 
-@among("single", "ddp", "fsdp_full", *FOLDERS)
+@among("single", "fsdp2", "deepspeed_2", further=["ddp", "fsdp_full", "fsdp_sharded"])
 def test_late_start(name: str, tmp_path: Path) -> None:
     """P10, P24, P94: what waits for its step goes on waiting, every second step stays every second, one long run."""
     updates = [7, 9, 11]
@@ -308,7 +308,7 @@ def resume_from_torn(tmp_path: Path, name: str, hows: list[str]) -> dict[str, An
     return outcomes
 
 
-@among(*FOLDERS)
+@among("fsdp2", "deepspeed_2", further=["fsdp_sharded"])
 def test_torn_folders_are_refused(name: str, tmp_path: Path) -> None:
     """P96: with advice; by request the weights are used alone, with one warning, and a new average starts."""
     hows = list(TORN) if name == "fsdp2" else ["without average", "of another step"]

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, SWA, ShardedAverage
-from tests.helpers.engines import ONE_PROCESS, Engine, Row, every_engine, mesh, run_row
+from tests.helpers.engines import ONE_PROCESS, Engine, Row, every_row, mesh, run_row
 from tests.helpers.models import SEVERAL, VARIANTS, Reference, batch
 from tests.helpers.pool import on_ranks
 
@@ -104,7 +104,7 @@ def check_contract(row: Row) -> None:
     assert_equal(train(row, SWAPPED, validating=True), without, "weights after training with validations")
 
 
-@every_engine
+@every_row
 def test_average_is_the_slow_references(row: str, world_size: int) -> None:
     """P58, P59, P74, P76, P80, P83, P87, P105: cut anywhere, the average has the bits of one that was never cut.
 

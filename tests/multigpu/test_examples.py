@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.further import covered_by
 from tests.helpers.launch import EXAMPLES, Finished, run_agents
 
 SCRIPT = EXAMPLES / "text_fsdp2.py"
@@ -68,7 +69,10 @@ def trained_alone(ranks: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize(
     ("engine", "ranks"),
-    [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
+    covered_by(
+        [("fsdp2", 3), ("zero3", 2)],  # what they are in our hands is what test_contract.py and others ask
+        [("ddp", 2), ("fsdp1", 2), ("fsdp2", 2), ("fsdp2", 3), ("zero1", 2), ("zero2", 2), ("zero3", 2)],
+    ),
 )
 def test_engine_trains_and_a_fresh_process_reproduces_its_average(engine: str, ranks: int, tmp_path: Path) -> None:
     kind = "deepspeed" if engine.startswith("zero") else "torch"

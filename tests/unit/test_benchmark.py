@@ -16,6 +16,7 @@ from sharded_avg.benchmark.__main__ import main
 from sharded_avg.benchmark.report import Report
 from sharded_avg.benchmark.timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
 from sharded_avg.benchmark.weights import Sizes, numel_of, tensors, transformer
+from tests.helpers.further import further
 
 TINY = Sizes(large=(3, 70), small=(5, 7), transformer=(1, 4))
 
@@ -169,7 +170,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
 
 
 @pytest.mark.own_processes
-@pytest.mark.parametrize("job", [job for job in ranks.JOBS if job.key in ("fsdp1", "fsdp2")], ids=lambda job: job.key)
+@pytest.mark.parametrize(
+    "job",
+    [
+        further(job, id=job.key) if job.key == "fsdp1" else pytest.param(job, id=job.key)
+        for job in ranks.JOBS
+        if job.key in ("fsdp1", "fsdp2")
+    ],
+)
 def test_jobs_on_ranks_of_their_own(job: ranks.Job) -> None:
     """P66: memory is what the rank owns times four, on every engine, beside averaging after a gather."""
     outcome = ranks.run(job, ranks.Settings(TINY, num_rounds=2, num_threads=1))

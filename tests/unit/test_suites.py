@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("strength", [1, 2])
 @pytest.mark.parametrize("sizes", [(2,), (5, 2), (5, 2, 2, 3)], ids=str)
 def test_a_product_is_covered(strength: int, sizes: tuple[int, ...]) -> None:
-    rows = [tuple(enumerate(row)) for row in product(*map(range, sizes))]
+    rows = [tuple((str(name), str(value)) for name, value in enumerate(row)) for row in product(*map(range, sizes))]
     chosen = covering(rows, strength)
     groups = [set(combinations(row, min(strength, len(sizes)))) for row in rows]
     assert set().union(*groups) == set().union(*(groups[index] for index in chosen))

@@ -27,7 +27,8 @@ from sharded_avg import (
     refreshed_batch_norm,
 )
 from sharded_avg.evaluation import buffers
-from tests.helpers.engines import Row, mesh, run_row
+from tests.helpers.engines import COVER, Row, mesh, run_row
+from tests.helpers.further import covered_by
 from tests.helpers.models import Awkward, batch
 from tests.helpers.pool import on_ranks, rank_device
 from tests.helpers.watch import buffers_of, forward, same, snapshot, trained_with
@@ -132,7 +133,7 @@ def check_refresh(row: Row) -> None:
     assert not torch.equal(expected["norm.running_mean"], mean["norm.running_mean"]), "ranks do not differ"
 
 
-@pytest.mark.parametrize(("row", "world_size"), SOME_ENGINES)
+@pytest.mark.parametrize(("row", "world_size"), covered_by(COVER, SOME_ENGINES))
 def test_refreshed_and_averaged(row: str, world_size: int) -> None:
     """P32, P51, P52: recomputed for the average by each rank on its own data, then the same on all ranks."""
     run_row(row, world_size, check_refresh)
@@ -159,7 +160,7 @@ def check_training(row: Row) -> None:
     assert same(evaluated_run(row, refresh=True), evaluated_run(row, refresh=False))
 
 
-@pytest.mark.parametrize(("row", "world_size"), [*SOME_ENGINES, *MORE_ENGINES])
+@pytest.mark.parametrize(("row", "world_size"), covered_by(COVER, [*SOME_ENGINES, *MORE_ENGINES]))
 def test_training_goes_on_as_if_nothing_had_been(row: str, world_size: int) -> None:
     """P32, P51: a run that never evaluates comes to the same bits, each rank's statistics included."""
     run_row(row, world_size, check_training)

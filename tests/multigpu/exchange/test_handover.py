@@ -13,12 +13,11 @@ from torch import Tensor
 from sharded_avg import EMA, ShardedAverage, ShardedAvgError, UnsupportedModelError
 from sharded_avg.saved.manifest import Manifest
 from sharded_avg.weights.write import write_live
-from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, run_row
+from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, one_size, run_row
 from tests.helpers.models import batch
 from tests.helpers.pool import on_ranks, run_on_ranks
 
 NUM_STEPS = 3
-one_size = pytest.mark.parametrize(("row", "world_size"), [(name, row.world_sizes[0]) for name, row in ENGINES.items()])
 
 
 def trained(row: Row) -> tuple[Engine, ShardedAverage]:

@@ -1,11 +1,11 @@
 """Kill a rank at every point of a save, and load what is left. Run as a program by test_killed_save.py.
 
-    python -m tests.multigpu.saved.killed_save WORLD_SIZE FOLDER
+    python -m tests.multigpu.saved.killed_save WORLD_SIZE EVERY FOLDER
 
 A point is a file-system event (open, rename, remove, mkdir, ...) of one rank on the saved folder or its companions, as
 Python's audit hooks report them, before it happens. For each rank and point, a first average is saved, a second save
 is killed at the point, and a fresh process loads: it must find the first average or the second, whole. Prints how many
-points were tried and what was found.
+points were tried and what was found. With EVERY = 4, each rank is killed at every fourth of its points, and the last.
 """
 
 from __future__ import annotations
@@ -134,14 +134,15 @@ def trial(world_size: int, folder: Path, victim: int | None, fatal: int | None) 
 
 def main() -> None:
     """Try every point."""
-    world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    world_size, every, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     counts, found = trial(world_size, folder, None, None)
     if None in counts or found != "second":
         raise SystemExit(f"an undisturbed save failed: {counts}, {found}")
     outcomes: collections.Counter[str] = collections.Counter()
     for victim in range(world_size):
-        for fatal in range(counts[victim] or 0):
+        num_points = counts[victim] or 0
+        for fatal in sorted({*range(victim, num_points, every), num_points - 1}):
             results, found = trial(world_size, folder, victim, fatal)
             if results[victim] is not None:
                 raise SystemExit(f"rank {victim} was not killed at event {fatal}")

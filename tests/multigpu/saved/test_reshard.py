@@ -1,8 +1,10 @@
 """Saved under any engine on any number of ranks, loaded under any other: the same bits, and the run goes on.
 
-Every SAVER trains, updates two averages (one with warm-up) and saves; every loader then reads all of those folders,
-compares the gathered averages with what the saver gathered, and takes one more update, which must equal the formula
-applied to full tensors. P63, P64, P74, P75, P78, P81, P92, P93.
+Every SAVER trains, updates two averages (one with warm-up) and saves; every loader then reads all of those folders (or,
+without --all, its own, the one before and the one after: each engine and the next), compares the gathered averages with
+what the saver gathered, and takes one more update, which must equal the formula applied to full tensors.
+
+P63, P64, P74, P75, P78, P81, P92, P93.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from sharded_avg import CheckpointError, ShardedAverage
 from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine
+from tests.helpers.further import further
 from tests.helpers.models import FORMULAS, Variant, awkward
 from tests.helpers.pool import on_ranks, run_on_ranks, under_torchrun
 
@@ -131,8 +134,11 @@ def folders(tmp_path_factory) -> list[Path]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("row", "world_size"), SAVERS)
-def test_every_saved_average_loads(row, world_size, folders):
-    on_its_ranks(row, world_size, load_all, folders=folders)
+@pytest.mark.parametrize("whose", ["its own and its neighbours'", further("everyone's")])
+def test_every_saved_average_loads(row, world_size, whose, folders):
+    here = SAVERS.index((row, world_size))
+    near = [folders[index % len(folders)] for index in (here - 1, here, here + 1)]
+    on_its_ranks(row, world_size, load_all, folders=folders if whose == "everyone's" else near)
 
 
 @on_ranks(2, 3)

@@ -42,6 +42,7 @@ from tests.helpers.fsdp1_models import (
 from tests.helpers.pool import on_ranks
 
 
+@pytest.mark.each_pair
 @every_strategy
 @both_views
 @pytest.mark.parametrize("nested", [True, False])
@@ -66,6 +67,7 @@ def test_shards_are_the_model(strategy: str, use_orig_params: bool, nested: bool
     assert held <= total / ranks.get(strategy, 2) + 16
 
 
+@pytest.mark.each_pair
 @every_strategy
 @both_views
 @pytest.mark.parametrize("mixed", [False, True])
@@ -137,6 +139,7 @@ class Shell(nn.Module):
         return self.inside(x) * self.gain
 
 
+@pytest.mark.each_pair
 @both_views
 @on_ranks(2, 3)
 def test_what_fsdp_does_not_manage_is_whole(use_orig_params: bool) -> None:
@@ -167,6 +170,7 @@ def test_what_fsdp_does_not_manage_is_whole(use_orig_params: bool) -> None:
     assert layout.is_current()
 
 
+@pytest.mark.each_pair
 @every_strategy
 @both_views
 @on_ranks(2)
@@ -188,6 +192,7 @@ def test_fsdp_inside_a_plain_module(strategy: str, use_orig_params: bool) -> Non
     assert_state(layout, plain)
 
 
+@pytest.mark.each_pair
 @both_views
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @on_ranks(2, 3, 4)
@@ -218,6 +223,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.each_pair
 @pytest.mark.parametrize("case", ["checkpoint", "prefetch", "limited"])
 @both_views
 @on_ranks(2)
@@ -266,6 +272,7 @@ class BadBatch(Exception):
     pass
 
 
+@pytest.mark.each_pair
 @every_strategy
 @both_views
 @on_ranks(2)

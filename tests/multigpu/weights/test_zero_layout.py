@@ -15,14 +15,15 @@ from sharded_avg import EMA, ShardedAverage
 from sharded_avg.shard import Box, Interval, Shard
 from sharded_avg.weights.layouts import zero
 from sharded_avg.weights.layouts.zero import ZeroLayout, looks_like_zero
+from tests.helpers.further import further
 from tests.helpers.pool import on_ranks
 from tests.helpers.zero_engines import (
-    CONFIGS,
     Awkward,
     Config,
     assert_same,
     engine_of,
     evaluate,
+    every_config,
     every_stage,
     gathered,
     loss_of,
@@ -34,6 +35,7 @@ from tests.helpers.zero_engines import (
     train,
     trained,
     two_groups,
+    two_stages,
     write,
 )
 
@@ -94,14 +96,14 @@ def check_order(shards: list[Shard], name: str) -> None:
         assert breaks <= 1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 @on_ranks(2, kind="deepspeed")
 def test_shards_are_views_of_the_masters(name: str) -> None:
     """P82, P83: the fp32 master is averaged where it is; no shard of a partitioned parameter is silently empty."""
     check_shards(name)
 
 
-@every_stage
+@two_stages
 @on_ranks(3, kind="deepspeed")
 def test_shards_on_three_ranks(name: str) -> None:
     """P83: uneven stretches, and ranks that have nothing of a parameter."""
@@ -142,7 +144,7 @@ def check_exchange(config: Config, build: Callable[[], nn.Module] = plain_model)
     assert_same(end, masters_after(config, 4))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_config
 @on_ranks(2, kind="deepspeed")
 def test_exchange_changes_forward_and_training_goes_on(name: str) -> None:
     """P82, P84, P86: forward computes with what was written, and training goes on as if nothing had happened."""
@@ -156,14 +158,14 @@ def test_exchange_on_three_ranks(name: str) -> None:
     check_exchange(settings(name))
 
 
-@every_stage
+@two_stages
 @on_ranks(2, kind="deepspeed")
 def test_exchange_in_small_buckets(name: str) -> None:
     with mock.patch.object(zero.run, "SCRATCH_BYTES", 16):
         check_exchange(settings(name))
 
 
-@every_stage
+@two_stages
 @on_ranks(2, kind="deepspeed")
 def test_exchange_inside_gradient_accumulation(name: str) -> None:
     config = settings(name, gradient_accumulation_steps=2)
@@ -219,7 +221,7 @@ def test_model_built_under_zero_init() -> None:
         assert torch.equal(evaluate(engine), plain_forward(layout))
 
 
-@every_stage
+@two_stages
 @on_ranks(2, kind="deepspeed")
 def test_parameters_that_no_optimizer_has(name: str) -> None:
     """They require grad and have no master; an exchange reaches them all the same."""
@@ -237,7 +239,7 @@ def test_parameters_that_no_optimizer_has(name: str) -> None:
 # --- the trained values --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["0-fp32", "1-fp32", "2-fp32", "3-fp32"])
+@pytest.mark.parametrize("name", [further("0-fp32"), further("1-fp32"), "2-fp32", "3-fp32"])
 @on_ranks(2, kind="deepspeed")
 def test_masters_equal_plain_training(name: str) -> None:
     """P82: a plain model, stepped by torch with the mean of both ranks' gradients, has the same bits."""
@@ -257,14 +259,14 @@ def test_masters_equal_plain_training(name: str) -> None:
         assert torch.equal(masters[key], param), key
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
+@pytest.mark.parametrize("stage", [further("1"), "2"])
 @on_ranks(2, kind="deepspeed")
 def test_round_robin_changes_nothing_but_the_places(stage: str) -> None:
     """DeepSpeed's own safe_get_full_fp32_param pairs these wrongly (0.19.8)."""
     assert_same(masters_after(settings(f"{stage}-bf16-roundrobin"), 3), masters_after(settings(f"{stage}-bf16"), 3))
 
 
-@pytest.mark.parametrize("name", ["0-fp32", "1-bf16-fp32grads", "2-bf16", "3-bf16"])
+@pytest.mark.parametrize("name", [further("0-fp32"), "1-bf16-fp32grads", further("2-bf16"), "3-bf16"])
 @on_ranks(2, kind="deepspeed")
 def test_average_under_deepspeed(name: str) -> None:
     """P56, P84, P86, P89: fp32 averages beside bf16 weights move, equal a slow reference, and cost nothing before."""
@@ -295,7 +297,7 @@ def test_average_under_deepspeed(name: str) -> None:
 # --- steps that change nothing -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, further(1), further(2), 3])
 @on_ranks(2, kind="deepspeed")
 def test_overflow_is_a_skipped_step(stage: int) -> None:
     """P100: dynamic loss scale, fp16. DeepSpeed says that CPUs have no fp16; torch's do."""
