@@ -34,6 +34,7 @@ def test_each_step_counts_once(name: str) -> None:
 @every_stage
 @on_ranks(2, kind="deepspeed")
 def test_micro_batches_do_not_count(name: str) -> None:
+    """R05: gradients that only accumulate change no weights."""
     with engine_of(settings(name, gradient_accumulation_steps=2)) as engine:
         average = ShardedAverage(engine, EMA(decay=0.5))
         counted = []
