@@ -25,10 +25,11 @@ def test_each_step_counts_once(name: str) -> None:
         assert average.update()
         assert not average.update()
         late = ShardedAverage(engine, EMA(decay=0.5))
-        assert not late.update()  # that step was before it
+        assert late.update()  # the step before it, as with any other model
+        assert not late.update()
         train(engine, range(2, 3))
         assert (average.update(), late.update()) == (True, True)
-        assert (average.n_averaged, late.n_averaged, average.num_steps) == (2, 1, 2)
+        assert (average.n_averaged, late.n_averaged, average.num_steps) == (2, 2, 2)
 
 
 @every_stage

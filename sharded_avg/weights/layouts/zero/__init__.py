@@ -23,7 +23,7 @@ place in its Run is therefore the distance between data pointers.
 [Note: private attributes]
 Stable names from DeepSpeed 0.16 to 0.19; a missing one is an `EngineVersionError`.
 
-    engine       optimizer, module, seq_data_parallel_group; public: zero_optimization_stage
+    engine       optimizer, module, seq_data_parallel_group; public: was_step_applied, zero_optimization_stage
     ZeRO 1, 2    bit16_groups (parameters), bit16_groups_flat (weights), single_partition_of_fp32_groups (masters)
     BF16         bf16_groups, bf16_groups_flat, fp32_groups_flat_partition: stage 1, bf16 with fp32 gradients
     FP16         fp16_groups, fp16_groups_flat, fp32_groups_flat: stage 0 with FusedAdam; masters whole

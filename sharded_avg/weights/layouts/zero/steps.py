@@ -18,7 +18,9 @@ class Steps:
     """Whether there was a step since the last one that counted."""
 
     def __init__(self, engine: Any) -> None:
-        self._made = self._counted = 0  # calls of the wrapped optimizer, one or several a step
+        self._counted = 0
+        # Calls of the wrapped optimizer, one or several a step. An average that is built after a step may take it in.
+        self._made = int(need(engine, "was_step_applied")())
         if never_steps(engine):
             return
         outer = engine.optimizer
