@@ -1,174 +1,21 @@
-"""Averages from one format into another: `sharded-avg convert`.
-
-Conversion   what to convert, and how; `run()` does it
-read_names   a file of parameter names, for formats that number their tensors
-add_convert  the subcommand; run_convert runs it
-"""
+"""`sharded-avg convert`: an average of another tool into ours, or ours into another's."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import CheckpointError, ConfigError
-from ..files.facts import load_json
-from ..files.source import AbstractSource, Cast, Renamed
-from ..formats.exporters import raw_weights, write_averaged_model, write_lightning
-from ..formats.importers import IMPORTERS, Names, find_importer
-from ..formats.open import open_source
-from ..saved.from_source import write_folder
-from ..saved.manifest import Manifest
-from .consolidate import Report, Target, exported_facts, manifest_of
-
-TARGETS = ("sharded_avg", "averaged_model", "lightning", "safetensors", "torch")
-_DTYPES = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+from ..errors import ConfigError
+from ..formats.importers import IMPORTERS
+from .arguments import DTYPES, add_dtype
+from .conversion import TARGETS, Conversion, read_names
+from .progress import progress, say
+from .target import TORCH_SUFFIXES
 
 
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """One average, from `src` to `out`.
-
-    `to` is one of TARGETS. `format` forces an importer; without it the format is found out. `names` lists the
-    parameters that are averaged: needed for formats that number their tensors, and otherwise the list of what counts
-    as averaged in a sharded_avg folder. `prefix` keeps names that begin with it, and takes it off; `add_prefix` puts
-    one before all. `raw` is a checkpoint with the raw weights, for targets that hold both. `n_averaged` is for formats
-    that do not record it. `dtype=None` keeps each tensor's own. `ignore_classes` opens files with foreign objects.
-    """
-
-    src: Path
-    out: Path
-    to: str
-    format: str | None = None
-    name: str | None = None
-    names: Names | None = None
-    prefix: str = ""
-    add_prefix: str = ""
-    raw: Path | None = None
-    n_averaged: int | None = None
-    dtype: torch.dtype | None = None
-    ignore_classes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.to not in TARGETS:
-            raise ConfigError(f"to={self.to!r}: must be one of {', '.join(TARGETS)}")
-        if self.raw is not None and self.to not in ("averaged_model", "lightning"):
-            raise ConfigError(f"raw={str(self.raw)!r}: a {self.to} target has no place for raw weights")
-        if self.n_averaged is not None and self.n_averaged < 1:
-            raise ConfigError(f"n_averaged={self.n_averaged}: an average has had at least one update")
-
-    def run(self, report: Report | None = None) -> AbstractSource:
-        """Write the target, and return what was written. Memory is a few slabs, whatever the size of the weights.
-
-        Raises `CheckpointError` if `src` holds no average that is known, and `ConfigError` for what cannot be asked.
-        """
-        target = Target(
-            path=self.out, format={"sharded_avg": "folder", "safetensors": "safetensors"}.get(self.to, "torch")
-        )
-        target.refuse_sources([self.src])
-        source = self.average()
-        if self.to == "sharded_avg":
-            write_folder(source, self.out, self._manifest(source))
-        elif self.to in ("averaged_model", "lightning"):
-            raw = None if self.raw is None else raw_weights(self.raw, source)
-            write = write_lightning if self.to == "lightning" else write_averaged_model
-            write(source, self.out, raw)
-        else:
-            target.write(source, exported_facts(source.facts), report)
-        return source
-
-    def average(self) -> AbstractSource:
-        """The average of `src` with the names, the dtype and the counts that it will be written with."""
-        source = self._opened()
-        names = {name.removeprefix(self.prefix): name for name in source.infos if name.startswith(self.prefix)}
-        if not names:
-            raise ConfigError(f"prefix={self.prefix!r}: no name begins with it; they are {list(source.infos)[:5]}, ...")
-        names = {self.add_prefix + new: old for new, old in names.items()}
-        return Cast(Renamed(source, names, self._facts(source, names)), self.dtype)
-
-    def _opened(self) -> AbstractSource:
-        found = None
-        if self.format != "sharded_avg":
-            found = find_importer(self.src, self.format, ignore_classes=self.ignore_classes)
-        if found is not None:
-            return found.open(self.names if found.importer.numbered else None)
-        source = open_source(self.src, self.name)
-        if "average" not in source.facts:
-            raise CheckpointError(
-                f"{str(self.src)!r} holds weights, and nothing in it says that they are an average. If you know its "
-                f"format, give it with --from: {', '.join(importer.format for importer in IMPORTERS)}"
-            )
-        return source
-
-    def _facts(self, source: AbstractSource, names: Mapping[str, str]) -> dict[str, Any]:
-        """What the target says about the average. Unknown counts become 1 update, and the provenance says so."""
-        given, recorded = self.n_averaged, source.facts.get("n_averaged")
-        new_name = {old: new for new, old in names.items()}
-        aliases = source.facts.get("aliases", {})
-        facts: dict[str, Any] = {
-            "average": source.facts.get("average", "average"),
-            "aliases": {new_name[a]: new_name[n] for a, n in aliases.items() if a in new_name and n in new_name},
-        }
-        if source.facts.get("format") == "sharded_avg" and given is None:
-            return facts
-        n_averaged = given or recorded or 1
-        step = max(int(source.facts.get("step") or 0), n_averaged)
-        count = "given" if given else "recorded" if recorded else "not recorded: taken for 1"
-        return {
-            **facts,
-            "n_averaged": n_averaged,
-            "step": step,
-            "updates": [],  # nobody recorded which steps they were
-            "provenance": {
-                "kind": "convert",
-                "format": source.facts.get("format"),
-                "source": self.src.name,
-                "n_averaged": count,
-            },
-        }
-
-    def _manifest(self, source: AbstractSource) -> Manifest:
-        averaged = [name for name in source.infos if self._is_averaged(source, name)]
-        if not averaged:
-            raise CheckpointError(f"{str(self.src)!r} holds no tensors that can be averaged")
-        aliases = {alias: name for alias, name in source.facts["aliases"].items() if name in averaged}
-        facts = {**source.facts, "aliases": aliases}
-        return manifest_of(Renamed(source, {name: name for name in averaged}), facts)
-
-    def _is_averaged(self, source: AbstractSource, name: str) -> bool:
-        """By `names` if given; else floating-point tensors other than BatchNorm's statistics, which are buffers."""
-        dtype = source.infos[name].dtype
-        if self.names is not None:
-            listed = name.removeprefix(self.add_prefix)
-            return listed in self.names or self.prefix + listed in self.names
-        parent, _, last = name.rpartition(".")
-        beside = f"{parent}.num_batches_tracked" if parent else "num_batches_tracked"
-        is_statistic = last in ("running_mean", "running_var", "num_batches_tracked") and beside in source.infos
-        return (dtype.is_floating_point or dtype.is_complex) and not is_statistic
-
-
-def read_names(path: Path) -> Names:
-    """Parameter names, one a line, or as a JSON list, or as a JSON object {name: shape}, which is checked."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--names {str(path)!r} cannot be read: {error}") from error
-    if not text.lstrip().startswith(("[", "{")):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    names = load_json(text, repr(str(path)))
-    shapes = list(names.values()) if isinstance(names, dict) else []
-    if not all(isinstance(name, str) for name in names) or not all(isinstance(shape, list) for shape in shapes):
-        raise ConfigError(f"--names {str(path)!r}: a list of names, or an object of names and shapes, was expected")
-    return dict(names) if isinstance(names, dict) else list(names)
-
-
-def add_convert(commands: Any) -> None:
+def add_to(commands: Any) -> None:
     """Add the subcommand to the parser's subparsers."""
     parser = commands.add_parser(
         "convert",
@@ -187,17 +34,21 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("--add-prefix", default="", help="put it before every name")
     parser.add_argument("--raw", type=Path, metavar="SRC", help="raw weights, for --to lightning and averaged_model")
     parser.add_argument("--n-averaged", type=int, metavar="N", help="updates so far, where the format has no count")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="keep", help="of floating-point tensors")
     parser.add_argument("--ignore-classes", action="store_true", help="open files with foreign objects, without them")
-    parser.set_defaults(command=run_convert)
+    add_dtype(parser)
+    parser.set_defaults(run=_run)
 
 
-def run_convert(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
     """Convert as the command line says, and tell what was done in one line of JSON on the standard output."""
+    if args.to is None and args.out.suffix in TORCH_SUFFIXES:
+        raise ConfigError(
+            f"{str(args.out)!r} can be written in several formats: say --to averaged_model, lightning or torch"
+        )
     conversion = Conversion(
         src=args.src,
         out=args.out,
-        to=args.to or ("safetensors" if args.out.suffix == ".safetensors" else _folder(args.out)),
+        to=args.to or ("safetensors" if args.out.suffix == ".safetensors" else "sharded_avg"),
         format=args.format,
         name=args.name,
         names=None if args.names is None else read_names(args.names),
@@ -205,25 +56,17 @@ def run_convert(args: argparse.Namespace) -> None:
         add_prefix=args.add_prefix,
         raw=args.raw,
         n_averaged=args.n_averaged,
-        dtype=_DTYPES[args.dtype],
+        dtype=DTYPES[args.dtype],
         ignore_classes=args.ignore_classes,
     )
-    source = conversion.run()
+    with progress() as report:
+        source = conversion.run(report)
     facts = source.facts
     if "not recorded" in str(facts.get("provenance", {}).get("n_averaged")):
-        print(
-            "sharded-avg: this format does not record how many updates went in: 1 was written. A rule that counts "
-            "(SWA, warm-up) goes on from there; give --n-averaged to say how many",
-            file=sys.stderr,
+        say(
+            "this format does not record how many updates went in: 1 was written. A rule that counts (SWA, warm-up) "
+            "goes on from there; give --n-averaged to say how many"
         )
     dtypes = sorted({str(info.dtype).removeprefix("torch.") for info in source.infos.values()})
     told = {"to": conversion.to, "tensors": len(source.infos), "dtypes": dtypes, "n_averaged": facts.get("n_averaged")}
     print(json.dumps({"from": facts.get("format"), **told, "step": facts.get("step")}))
-
-
-def _folder(out: Path) -> str:
-    if out.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ConfigError(
-            f"{str(out)!r} can be written in several formats: say --to averaged_model, lightning or torch"
-        )
-    return "sharded_avg"

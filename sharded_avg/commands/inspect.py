@@ -1,4 +1,4 @@
-"""What is in a file or folder of weights, for people and for programs.
+"""`sharded-avg inspect`: what is in a file or folder of weights, for people and for programs.
 
 describe  a path -> JSON values
 table     those -> text
@@ -6,6 +6,8 @@ table     those -> text
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -71,19 +73,16 @@ def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str
 
 
 def _sizes(infos: Mapping[str, TensorInfo], tensors: bool) -> dict[str, Any]:
+    dtypes = {name: str(info.dtype).removeprefix("torch.") for name, info in infos.items()}
     sizes: dict[str, Any] = {
         "num_tensors": len(infos),
         "num_parameters": sum(info.nbytes // info.dtype.itemsize for info in infos.values()),
         "num_bytes": sum(info.nbytes for info in infos.values()),
-        "dtypes": sorted({_name(info) for info in infos.values()}),
+        "dtypes": sorted(set(dtypes.values())),
     }
     if tensors:
-        sizes["tensors"] = {name: {"shape": list(i.shape), "dtype": _name(i)} for name, i in infos.items()}
+        sizes["tensors"] = {name: {"shape": list(i.shape), "dtype": dtypes[name]} for name, i in infos.items()}
     return sizes
-
-
-def _name(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -97,22 +96,20 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append(f"  tensors    {found['num_tensors']} ({size})" if found["num_tensors"] else "  tensors    none yet")
     if found["aliases"]:
         lines.append(f"  tied       {len(found['aliases'])} more names")
-    lines += _averages(found["averages"])
+    if found["averages"]:
+        rows = [["average", "updates", "rule"]]
+        for name, record in found["averages"].items():
+            rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?")])
+        lines += ["", *_columns(rows)]
+    else:
+        lines.append("  averages   none: these are plain weights")
     if found.get("provenance"):
         lines.append(f"  made by    {_inline(found['provenance'])}")
     if "tensors" in found:
         lines.append("")
         lines += _columns([[name, str(t["shape"]), t["dtype"]] for name, t in found["tensors"].items()])
-    return "\n".join(map(_printable, lines))
-
-
-def _averages(averages: Mapping[str, Any]) -> list[str]:
-    if not averages:
-        return ["  averages   none: these are plain weights"]
-    rows = [["average", "updates", "rule"]]
-    for name, record in averages.items():
-        rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?")])
-    return ["", *_columns(rows)]
+    # Names come from a file that anyone may have made: no control characters reach the terminal.
+    return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
@@ -132,11 +129,6 @@ def _inline(value: Any) -> str:
     return str(value)
 
 
-def _printable(line: str) -> str:
-    """Names come from a file that anyone may have made: no control characters reach the terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
 def human_bytes(count: float) -> str:
     """A number of bytes with three digits and a decimal unit, as disks and `--max-shard-size` count."""
     for unit in _UNITS:
@@ -144,3 +136,17 @@ def human_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.3g} {unit}"
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to the parser's subparsers."""
+    parser = commands.add_parser("inspect", help="say what a file or folder of weights holds")
+    parser.add_argument("src", metavar="SRC", help="a saved average, a checkpoint that has one, or plain weights")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--tensors", action="store_true", help="names, shapes and dtypes too")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    found = describe(args.src, tensors=args.tensors)
+    print(json.dumps(found, indent=1) if args.json else table(found))

@@ -1,130 +1,123 @@
-"""Weighted sums of saved weights.
-
-uniform, given, window, wsm   the weight of each source, oldest first
-Merged                        the weighted sum of sources, as a source: computed when it is read, a piece at a time
-"""
+"""`sharded-avg merge`: a weighted sum of averages or of checkpoints, with its provenance."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from ..files.source import AbstractSource, TensorInfo
-from ..shard import Box
-
-WSM_SHAPES: dict[str, Callable[[float], float]] = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
-
-
-def uniform(num_sources: int) -> list[float]:
-    """1/k each: the mean, as in stochastic weight averaging (Izmailov et al. 2018)."""
-    return [1 / num_sources] * num_sources
+from ..files.source import AbstractSource, Cast
+from ..formats.open import StrPath, open_source
+from .arguments import DTYPES, add_dtype, add_name, numbers
+from .progress import Report, progress
+from .target import Target, exported_facts, guess_format
+from .weighted_sum import WSM_SHAPES, WeightedSum, given, uniform, window, wsm
 
 
-def given(weights: Sequence[float]) -> list[float]:
-    """The weights divided by their sum, so that they are an average. Raises `ConfigError` if that cannot be."""
-    total = math.fsum(weights)
-    if not all(map(math.isfinite, weights)) or not math.isfinite(total) or total == 0:
-        raise ConfigError(f"weights {list(weights)}: they must be finite numbers whose sum is not 0")
-    return [weight / total for weight in weights]
+def merge(
+    sources: Sequence[StrPath],
+    target: Target,
+    weights: Sequence[float],
+    *,
+    method: str = "weights",
+    name: str | None = None,
+    accumulate: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
+    report: Report | None = None,
+) -> AbstractSource:
+    """Write sum of weight_i * source_i to `target`, with its provenance. Sources: averages, or model checkpoints.
 
-
-def window(num_sources: int, last: int) -> list[float]:
-    """LAWA: a = (1/k) sum of the last k snapshots (Kaddour, "Stop Wasting My Time!", 2022); 0 for earlier ones."""
-    if not 1 <= last <= num_sources:
-        raise ConfigError(f"a window of {last} over {num_sources} sources: it must be between 1 and {num_sources}")
-    return [0.0] * (num_sources - last) + uniform(last)
-
-
-def wsm(num_sources: int, shape: str) -> list[float]:
-    """Merging that stands in for a decay of the learning rate (WSM, arXiv 2507.17634), oldest first.
-
-    With k sources and a decay shape f, w_i = f(i/k) for i = 0..k-1 is the share that gradients between sources i-1
-    and i keep. Then c_i = w_i - w_{i+1}, c_{k-1} = w_{k-1}, and c_0 = 1 - sum of the others.
-    f is "linear", 1 - x (which gives the uniform mean), or "1-sqrt", 1 - sqrt(x).
+    Raises as `consolidate`, and `CheckpointError` if names or shapes differ.
     """
-    if shape not in WSM_SHAPES:
-        raise ConfigError(f"shape={shape!r}: must be one of {list(WSM_SHAPES)}")
-    kept = [WSM_SHAPES[shape](i / num_sources) for i in range(num_sources)] + [0.0]
-    coefficients = [here - after for here, after in pairwise(kept)]
-    return [1 - math.fsum(coefficients[1:]), *coefficients[1:]]
+    target.refuse_sources(sources)
+    opened = [open_source(source, name) for source in sources]
+    merged = Cast(WeightedSum(opened, weights, accumulate=accumulate), dtype)
+    first, *others = [source.facts.get("aliases", {}) for source in opened]
+    shared = {alias: name for alias, name in first.items() if all(other.get(alias) == name for other in others)}
+    parts = [
+        {"path": Path(path).name, "weight": weight, **exported_facts({**source.facts, "aliases": None})}
+        for path, weight, source in zip(sources, weights, opened, strict=True)
+    ]
+    provenance = {
+        "kind": "merge",
+        "method": method,
+        "accumulate": str(accumulate).removeprefix("torch."),
+        "sources": parts,
+    }
+    names = {source.facts.get("average") for source in opened}
+    steps = [step for source in opened if isinstance(step := source.facts.get("step"), int)]
+    # Averages of one run have most updates in common: the one that took in most stands for all.
+    longest = max(opened, key=lambda source: source.facts.get("n_averaged") or 0).facts
+    facts = {
+        "average": (names.pop() if len(names) == 1 else None) or "average",
+        "n_averaged": longest.get("n_averaged") or len(opened),
+        "updates": longest.get("updates"),
+        "step": max(steps, default=0),
+        "rule": {"kind": "merge", "method": method},
+        "provenance": provenance,
+        "aliases": shared,
+        "averaged": _averaged(opened[0]),
+    }
+    target.write(merged, facts, report)
+    return merged
 
 
-class Merged(AbstractSource):
-    """sum of weight_i * source_i for floating-point tensors; others are those of the last source.
-
-    The sum is in `accumulate` (float64 or float32) and rounded once, to the widest dtype that the sources have for the
-    tensor. Sources with weight 0 are not read. Raises `CheckpointError` if names or shapes differ.
-    """
-
-    def __init__(
-        self, sources: Sequence[AbstractSource], weights: Sequence[float], *, accumulate: torch.dtype = torch.float64
-    ) -> None:
-        if len(sources) != len(weights) or not sources:
-            raise ConfigError(f"{len(weights)} weights for {len(sources)} sources: give one for each")
-        _check_alike(sources)
-        self._terms = [(w, s) for w, s in zip(weights, sources, strict=True) if w]
-        self._last = sources[-1]
-        self._accumulate = accumulate
-        self.infos = {name: _merged_info([s.infos[name] for s in sources], name) for name in sources[0].infos}
-        self.facts = {"format": "merge", "aliases": sources[0].facts.get("aliases", {})}
-
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        dtype = self.infos[name].dtype
-        if not _averages(dtype):
-            return self._last.read(name, box)
-        wide = torch.promote_types(self._accumulate, torch.complex64) if dtype.is_complex else self._accumulate
-        total: Tensor | None = None
-        for weight, source in self._terms:
-            values = source.read(name, box).to(wide)
-            total = values.mul_(weight) if total is None else total.add_(values, alpha=weight)
-        if total is None:
-            raise ConfigError("every weight is 0, so there is nothing to sum")
-        return total.to(dtype)
+def _averaged(source: AbstractSource) -> list[str]:
+    """What counts as averaged: as the source says, or else floating-point tensors but for BatchNorm's statistics."""
+    if "averaged" in source.facts:
+        return list(source.facts["averaged"])
+    infos = source.infos
+    statistics = {
+        name.replace("num_batches_tracked", kind)
+        for name in infos
+        if name.rpartition(".")[2] == "num_batches_tracked"
+        for kind in ("running_mean", "running_var")
+    }
+    return [name for name, info in infos.items() if info.dtype.is_floating_point and name not in statistics]
 
 
-def _averages(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
+def add_to(commands: Any) -> None:
+    """Add the subcommand to the parser's subparsers."""
+    parser = commands.add_parser(
+        "merge",
+        help="write a weighted sum of averages or of checkpoints",
+        description="SRCs oldest first. OUT ending in .safetensors or .pt is one file; else a folder that "
+        "ShardedAverage.load reads.",
+    )
+    parser.add_argument("src", metavar="SRC", nargs="+")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--weights", type=numbers, metavar="A,B,...", help="one for each SRC; divided by their sum")
+    how.add_argument("--uniform", action="store_true", help="the mean")
+    how.add_argument("--lawa", type=int, metavar="K", help="the mean of the last K (Kaddour 2022)")
+    how.add_argument("--wsm", choices=tuple(WSM_SHAPES), help="in place of a decay (arXiv 2507.17634)")
+    parser.add_argument("--accumulate", choices=("fp64", "fp32"), default="fp64", help="dtype of the sum")
+    add_name(parser)
+    add_dtype(parser)
+    parser.set_defaults(run=_run)
 
 
-def _check_alike(sources: Sequence[AbstractSource]) -> None:
-    first = sources[0].infos
-    for number, source in enumerate(sources[1:], start=2):
-        infos = source.infos
-        missing = [name for name in first if name not in infos]
-        unexpected = [name for name in infos if name not in first]
-        shapes = [
-            f"{name}: {first[name].shape} and {infos[name].shape}"
-            for name in first
-            if name in infos and infos[name].shape != first[name].shape
-        ]
-        problems = {"it lacks": missing, "the first lacks": unexpected, "shapes differ": shapes}
-        told = "; ".join(f"{what} {_some(names)}" for what, names in problems.items() if names)
-        if told:
-            raise CheckpointError(f"source {number} does not fit the first: {told}. Nothing was written")
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{list(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _merged_info(infos: Sequence[TensorInfo], name: str) -> TensorInfo:
-    dtype = infos[0].dtype
-    for info in infos[1:]:
-        if _averages(info.dtype) != _averages(dtype):
-            raise CheckpointError(f"{name!r} is {dtype} in one source and {info.dtype} in another: cannot be summed")
-        # float8 and bfloat16 do not promote to each other; float32 holds all of them
-        same = info.dtype == dtype
-        dtype = dtype if same else _wider(dtype, info.dtype)
-    return TensorInfo(infos[0].shape, dtype)
-
-
-def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    try:
-        return torch.promote_types(a, b)
-    except RuntimeError:
-        return torch.float32
+def _run(args: argparse.Namespace) -> None:
+    count = len(args.src)
+    if args.weights is not None:
+        weights, method = given(args.weights), "weights"
+    elif args.lawa is not None:
+        weights, method = window(count, args.lawa), f"lawa {args.lawa}"
+    elif args.uniform:
+        weights, method = uniform(count), "uniform"
+    else:
+        weights, method = wsm(count, args.wsm), f"wsm {args.wsm}"
+    with progress() as report:
+        merge(
+            args.src,
+            Target(path=args.out, format=guess_format(args.out, "folder")),
+            weights,
+            method=method,
+            name=args.name,
+            accumulate=DTYPES[args.accumulate] or torch.float64,
+            dtype=DTYPES[args.dtype],
+            report=report,
+        )

@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 
 import sharded_avg
 from sharded_avg import EMA, SWA, ConfigError, ShardedAverage
-from sharded_avg.commands.consolidate import Target, consolidate, guess_format
+from sharded_avg.commands.consolidate import consolidate
+from sharded_avg.commands.target import Target, guess_format
 from sharded_avg.files import sinks
 from sharded_avg.files.source import TensorInfo, slabs
 from sharded_avg.files.stored import contiguous_stride
