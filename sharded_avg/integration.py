@@ -6,9 +6,12 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
     ranks     waiting for each other, and failing together, where a trainer's ranks may be anywhere
     names     keys of a wrapped model's `state_dict()` as the user's own module has them
     zero      what DeepSpeed's engine says of itself before there is an average to ask
+    settings  what a callback passes on, checked when it is built
     saved     whether a folder and a checkpoint are of one save; averages that lie in a trainer's own file
 """
 
+from .averages.arguments import as_buffers, as_dtype
+from .averages.store import AverageDtype
 from .formats.importers import find_importer
 from .ranks import all_or_none, gather_objects, rank_in, rendezvous, size_of
 from .rules.base import AbstractLerpRule
@@ -17,17 +20,22 @@ from .saved.folder import everyone, read_manifest
 from .saved.manifest import Manifest
 from .saved.place import place_of
 from .weights.aside import RawWeights
+from .weights.buffers import BufferPolicy
 from .weights.layouts.zero.engine import steps_taken, writes_checkpoints
 from .weights.names import clean
 from .weights.write import write_live
 
 __all__ = [
     "AbstractLerpRule",
+    "AverageDtype",
     "AvgFn",
+    "BufferPolicy",
     "Manifest",
     "MultiAvgFn",
     "RawWeights",
     "all_or_none",
+    "as_buffers",
+    "as_dtype",
     "clean",
     "everyone",
     "find_importer",

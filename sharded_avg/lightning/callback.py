@@ -10,7 +10,7 @@ on_exception          the raw weights back, before anybody saves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import AbstractRule, ConfigError, ShardedAverage
-from ..integration import AbstractLerpRule, AvgFn, MultiAvgFn
+from ..integration import AbstractLerpRule, AvgFn, BufferPolicy, MultiAvgFn, as_buffers
 from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in
 from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
-from .settings import Included, count, one_of, one_rule
+from .settings import Included, count, dtype_of, one_of, one_rule
 from .stepping import StepWatch
 from .trainers import callback_class, check, evaluation_loops, is_named
 from .weights import Weights
@@ -45,10 +45,15 @@ class WeightAveraging(Callback):
 
     Args:
         device: where averages live; `None` is beside the weights, "cpu" host memory (pinned beside a GPU).
-        use_buffers: average floating-point persistent buffers too; if not, the live buffers are used.
+        use_buffers: average floating-point persistent buffers too; if not, the live buffers are used. State of torch's
+            own modules whose mean means nothing is the live one in any case, as docs/guide.md lists.
         avg_fn: elementwise `avg_fn(averaged, current, num_averaged) -> averaged`; by default, the equal-weight mean.
         multi_avg_fn: the same on lists, in place.
         rule: one of this package's rules, instead of a function.
+        dtype: storage of the average, a torch.dtype or its name: see `ShardedAverage`. By default fp32, and float64
+            for float64 weights; `None` is each parameter's own.
+        buffers: which buffers are averaged, instead of all or none by `use_buffers`: what `ShardedAverage` takes, for
+            example `{"*.running_*": "average"}`, or a predicate.
         include: `include(name, tensor) -> bool` chooses parameters; by default those that require grad.
         evaluate_with: "average", "raw", or "both": then each validation and test first runs on the raw weights, with
             `raw_prefix` before the names of its metrics, and then on the average.
@@ -74,6 +79,8 @@ class WeightAveraging(Callback):
         multi_avg_fn: MultiAvgFn | None = None,
         *,
         rule: AbstractRule | None = None,
+        dtype: torch.dtype | str | None = "auto",
+        buffers: str | Mapping[str, str] | BufferPolicy | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
         evaluate_with: Literal["average", "raw", "both"] = "average",
         raw_prefix: str = "raw/",
@@ -84,6 +91,9 @@ class WeightAveraging(Callback):
     ) -> None:
         self.rule = one_rule(rule, avg_fn, multi_avg_fn)
         self.device, self.use_buffers, self.include = device, use_buffers, include
+        self.dtype, self.buffers = dtype_of(dtype), buffers
+        if buffers is not None:
+            as_buffers(buffers)
         self.evaluate_with = one_of("evaluate_with", evaluate_with)
         self.end_with = one_of("end_with", end_with)
         self.raw_prefix, self.strict, self.skip_nonfinite = raw_prefix, strict, skip_nonfinite
@@ -168,8 +178,9 @@ class WeightAveraging(Callback):
             return ShardedAverage(
                 model,
                 self.rule,
+                dtype=self.dtype,
                 device=self.device,  # type: ignore[arg-type]
-                buffers="average" if self.use_buffers else "copy",
+                buffers=self.buffers if self.buffers is not None else "average" if self.use_buffers else "copy",
                 include=Included(self.include, saved) if self.include is not None or saved else None,
                 schedule=self._is_due,
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .. import SWA, AbstractRule, ConfigError, CustomRule
-from ..integration import AvgFn, MultiAvgFn
+from ..integration import AverageDtype, AvgFn, MultiAvgFn, as_dtype
 
 _SETTINGS = {"evaluate_with": ("average", "raw", "both"), "end_with": ("average", "raw")}
 
@@ -34,6 +35,14 @@ def one_rule(rule: AbstractRule | None, avg_fn: AvgFn | None, multi_avg_fn: Mult
     if rule is not None:
         return rule
     return CustomRule(avg_fn=avg_fn, multi_avg_fn=multi_avg_fn) if chosen else SWA()
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> AverageDtype:
+    """A dtype by its name, "float64" or "torch.float64", as a YAML file has it; the rest as it is, checked."""
+    if isinstance(dtype, str) and dtype != "auto":
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+        return as_dtype(found if isinstance(found, torch.dtype) else dtype)  # type: ignore[arg-type]
+    return as_dtype(dtype)  # type: ignore[arg-type]
 
 
 def one_of(name: str, value: str) -> str:
