@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import UnsupportedModelError
 from ..ranks import all_or_none, comm_device, everyone, gather_objects, size_of
 from ..weights import names
+from ..weights.buffers import left_live
 from .kept import Kept, is_writable, require_module
 
 _BUCKET_NUMEL = 8 << 20  # 64 MiB of float64
@@ -23,8 +24,9 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
     """Collective: all ranks must call. Inside, floating-point buffers are their mean over the ranks of `group`.
 
     For buffers that each rank has of its own, such as BatchNorm statistics. Persistent buffers are summed in float64
-    and rounded once to their own dtype; integers, non-persistent buffers and DTensors stay as they are. Each rank's own
-    values are back bit for bit on leaving, which is local: a rank that leaves by an exception waits for no other.
+    and rounded once to their own dtype; integers, non-persistent buffers, DTensors and state of torch's own modules
+    whose mean means nothing (docs/guide.md) stay as they are. Each rank's own values are back bit for bit on leaving,
+    which is local: a rank that leaves by an exception waits for no other.
 
     Args:
         model: a plain module, one that DDP or FSDP wraps, or a DeepSpeedEngine.
@@ -37,7 +39,8 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
     group, doing, kept = everyone(group), "averaging buffers over the ranks", Kept()
     with all_or_none(group, doing):
         unique, _ = names.split_ties([entry for entry in names.entries(model) if entry.is_buffer])
-        entries = [entry for entry in unique if _can_be_averaged(entry.tensor)]
+        left = left_live(model)
+        entries = [entry for entry in unique if entry.name not in left and _can_be_averaged(entry.tensor)]
         for entry in entries:
             kept.buffer(entry.slot, entry.key)
         live = [entry.tensor.detach() for entry in entries]

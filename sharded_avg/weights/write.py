@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ..ranks import all_or_none
 from ..shard import take
 from .aside import live_tensors
+from .layouts.base import AbstractLayout
 from .layouts.detect import detect
 from .layouts.replicas import equal_replicas
+from .state_dicts import find_keys, is_rewritten
 
 
 @torch.no_grad()
@@ -21,6 +23,7 @@ def write_live(model: nn.Module, full: Mapping[str, Tensor]) -> list[str]:
     Names are those of the unwrapped model's `state_dict()`; masters are written too. What `full` lacks stays.
     """
     layout = detect(model)
+    full = _under_own_names(layout, full)
     with equal_replicas(layout, "writing full tensors into the live model", but=full):
         layout.release()
         shards = layout.shards()
@@ -35,3 +38,16 @@ def write_live(model: nn.Module, full: Mapping[str, Tensor]) -> list[str]:
     layout.publish()
     layout.publish_masters()
     return missing
+
+
+def _under_own_names(layout: AbstractLayout, full: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Where hooks of the model rename keys of `state_dict()`: the same tensors under the model's own names. Local."""
+    if not is_rewritten(layout.model):
+        return full
+    layout.release()
+    shards = layout.shards()
+    try:
+        first = find_keys(layout.model, shards, layout.aliases, layout.state_keys(), {}).first
+    except Exception:  # a hook that wants values: the names are what they are
+        return full
+    return {shard.name: full[key] for shard in shards if (key := first.get(shard.name, shard.name)) in full}

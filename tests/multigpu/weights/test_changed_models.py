@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import EMA, LayoutChangedError, ShardedAverage, load_averaged_state_dict
+from sharded_avg import EMA, LayoutChangedError, ShardedAverage, averaged_buffers, load_averaged_state_dict
 from tests.helpers.engines import mesh
 from tests.helpers.pool import on_ranks
 from tests.helpers.zero_engines import engine_of, settings
@@ -175,6 +175,21 @@ def test_wrapped(wrapper: str, tmp_path: Path) -> None:
             continue  # a plain parameter in a root that manages DTensors
         inside = seeded()
         check(WRAPPERS[wrapper](inside), inside, seeded(), tmp_path / name)
+
+
+@on_ranks(2)
+def test_state_without_a_mean_is_not_averaged_over_ranks() -> None:
+    """R19: `averaged_buffers` leaves alone what `buffers="average"` leaves alone."""
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 5)), nn.BatchNorm1d(5))
+    model[1].running_mean.fill_(float(rank))
+    own = {key: value.clone() for key, value in model.named_buffers()}
+    with averaged_buffers(model):
+        assert torch.equal(model[1].running_mean, torch.full((5,), 0.5))
+        for key, value in model.named_buffers():
+            assert torch.equal(value, own[key]) or "running" in key
+    assert all(torch.equal(value, own[key]) for key, value in model.named_buffers())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from sharded_avg import EMA, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.weights.state_dicts import is_rewritten
+from sharded_avg.weights.write import write_live
 
 DECAY = 0.75
 
@@ -244,6 +245,16 @@ def test_the_rest_does_not_notice(name: str) -> None:
         full[key].fill_(7)
     with other.summon_full_params() as full:
         assert (full[key] == 7).all()
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("InMemory", "patched", "Root")])
+def test_full_tensors_are_written_by_these_names(name: str) -> None:
+    """R06: `write_live` takes what `state_dict()` gives, as a checkpoint of raw weights has it."""
+    model, average, expected = averaged(MODELS[name])
+    with average.summon_full_params() as full:
+        tensors = {key: value for key, value in full.items() if isinstance(value, Tensor)}
+    assert write_live(model, tensors) == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 def test_names_are_chosen_by_the_models_own() -> None:
