@@ -137,8 +137,8 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that is measured, as far as installed."""
-    found = {"Python": platform.python_version()}
-    for package in ("torch", "lightning", "ema-pytorch", "deepspeed"):
+    found = {"Python": platform.python_version(), "torch": torch.__version__}  # its build, too, which metadata may lack
+    for package in ("lightning", "ema-pytorch", "deepspeed"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -4,10 +4,12 @@
     checks/       the checks, a file for each noun
     reference.py  the model, and averages of clones by plain formulas: nothing of the package
     devices.py    what is asked of a device: to wait, to be busy, to refuse syncs
-    engines.py    a model in the hands of an engine, and what is proved of every engine
+    engines.py    a model in the hands of an engine
+    proof.py      what is proved of every engine
     child.py      a process that runs some checks
     parent.py     starts children, watches the time, and goes on after a crash
-    rank.py       one of two ranks that share a device
+    pair.py       starts two ranks that share a device, and a control where they fail
+    rank.py       one of them
     report.py     the table
 
 Checks that do not need a GPU run on the CPU too: `--device cpu`, and tests/unit/test_gpu_script.py.

@@ -1,28 +1,34 @@
-"""A model in the hands of an engine, and what is proved of every engine.
+"""A model in the hands of an engine: torch and the model alone, so that a control can train without sharded_avg.
 
-Engine   what forward is called on, and how to step it and to look into it: by what the engine itself offers
-prove    the average is that of full tensors, the swap is seen by forward and leaves nothing, files hold the same
+Engine    what forward is called on, and how to step it and to look into it: by what the engine itself offers
+ENGINES   DDP, FSDP1, FSDP2, tensor parallelism; DeepSpeed's are in checks/zero.py
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import tempfile
+import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import EMA, ShardedAverage, load_averaged_state_dict
+from .devices import is_gpu, wait_for
+from .reference import Block, Frozen, Net, State, batch, clean, learn, net, outputs, trained, weights
 
-from .devices import no_syncs, wait_for
-from .reference import DECAY, ByHand, Net, State, assert_same, batch, cast, outputs
-
+BF16 = torch.bfloat16
 STEPS = 4
 Make = Callable[[torch.device], "Engine"]
 
@@ -59,105 +65,124 @@ def join_alone(device: torch.device) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
 
 
-def prove(make: Make, device: torch.device, *, twin: bool = True) -> str:
-    """Collective. Everything that is asked of an engine; `twin`: a training without an average gives the same bits."""
-    bare = make(device)
-    for step in range(2 * STEPS):
-        bare.learn(step)
-    expected = bare.full()
-    bare.close()
-    del bare
-    engine = make(device)
-    try:
-        held = _prove_average(engine, device)
-        for step in range(STEPS, 2 * STEPS):
-            engine.learn(step)
-        if twin:
-            assert_same(engine.full(), expected, "a training with swaps, beside one without")
-    finally:
-        engine.close()
-    return held
-
-
-def _prove_average(engine: Engine, device: torch.device) -> str:
-    average, hand = ShardedAverage(engine.model, EMA(decay=DECAY, warmup=True)), ByHand()
-    with average.swapped() as is_in:
-        assert not is_in, "there is an average before the first update"
-    for step in range(STEPS):
-        engine.learn(step)
-        with no_syncs(device) if step else nullcontext():  # the first update allocates
-            assert average.update()
-        hand.take({name: value.to(engine.home or device) for name, value in engine.full().items()})
-        _prove_swap(engine, average, hand, must_differ=bool(step))
-    _prove_full_tensors(engine, average, hand)
-    _prove_error(engine, average)
-    _prove_files(average, hand)
-    numel = sum(value.numel() for value in hand.average.values())
-    return f"{average.nbytes:,} bytes for {numel:,} elements"
-
-
-def _prove_swap(engine: Engine, average: ShardedAverage, hand: ByHand, *, must_differ: bool) -> None:
-    masters, raw, before = engine.full(), engine.working(), engine.evaluate()
-    with average.swapped() as is_in:
-        assert is_in, "no average is in"
-        inside = engine.evaluate()
-        assert_same(engine.working(), cast(hand.average, raw), "inside")
-        assert torch.equal(engine.evaluate(), inside), "forward inside, again"
-    assert_same(engine.working(), raw, "outside")
-    assert torch.equal(engine.evaluate(), before), "forward outside"
-    assert_same(engine.full(), masters, "what is trained, outside")
-    _prove_forward(inside, hand, raw, engine)
-    assert torch.equal(inside, before) != must_differ, "forward inside, beside forward outside"
-
-
-def _prove_forward(inside: Tensor, hand: ByHand, raw: State, engine: Engine) -> None:
-    """A plain model with the averages computes the same, up to what kernels round."""
-    dtype = engine.dtype
-    torch.manual_seed(5)
-    plain = Net().to(engine.device)
-    plain.load_state_dict(plain.state_dict() | cast(hand.average, raw))
-    expected = outputs(plain.to(dtype), batch(100, engine.device, dtype))
-    difference = float((inside.float() - expected.float()).abs().max())
-    assert difference <= engine.tolerance, f"forward inside is off by {difference}"
-
-
-def _prove_full_tensors(engine: Engine, average: ShardedAverage, hand: ByHand) -> None:
-    for offload in (True, False):
-        with average.summon_full_params(offload_to_cpu=offload, rank0_only=False) as full:
-            at_once = {name: value.clone() for name, value in full.items()}
-            assert_same(at_once, hand.average, f"summon_full_params(offload_to_cpu={offload})")
-            Net().load_state_dict(full, strict=True)
-            assert not offload or {value.device.type for value in full.values()} == {"cpu"}
-
-
-def _prove_error(engine: Engine, average: ShardedAverage) -> None:
-    raw, error = engine.working(), None
-    try:
-        with average.swapped():
-            engine.evaluate()
-            raise KeyboardInterrupt
-    except KeyboardInterrupt as interruption:
-        error = interruption
-    assert error is not None, "an interruption was swallowed"
-    assert_same(engine.working(), raw, "after an interruption")
-
-
-def _prove_files(average: ShardedAverage, hand: ByHand) -> None:
-    with tempfile.TemporaryDirectory() as mine:
-        folder: list[Any] = [mine]
-        dist.broadcast_object_list(folder, src=0)
-        average.save(f"{folder[0]}/average")
-        average.async_save(f"{folder[0]}/later").result()
-        for name in ("average", "later"):
-            assert_same(load_averaged_state_dict(f"{folder[0]}/{name}"), hand.average, f"the file {name}")
-        average.update(unscheduled=True)
-        average.load(f"{folder[0]}/average")
-        with average.summon_full_params(rank0_only=False) as full:
-            assert_same(full, hand.average, "loaded")
-        dist.barrier()  # the folder stays until all have read it
-
-
 def done(device: torch.device) -> None:
     """Collective. Nobody leaves while another still works."""
     wait_for(device)
     dist.barrier()
+
+
+def _engine(model: nn.Module, device: torch.device, full: Any) -> Engine:
+    # foreach=False: DTensors and plain tensors do not mix
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=0.01, foreach=False)
+
+    def step(number: int) -> None:
+        learn(model, optimizer, batch(number, device))
+
+    return Engine(model, step, full, full, device)
+
+
+def ddp(device: torch.device) -> Engine:
+    model = DistributedDataParallel(net(device), device_ids=[device] if is_gpu(device) else None)
+    return _engine(model, device, partial(weights, model))
+
+
+def fsdp1(device: torch.device, *, use_orig_params: bool, **more: Any) -> Engine:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one rank it makes NO_SHARD
+        model = FSDP(
+            net(device),
+            use_orig_params=use_orig_params,
+            auto_wrap_policy=ModuleWrapPolicy({Block, Frozen}),
+            device_id=device,
+            **more,
+        )
+
+    def full() -> State:
+        with FSDP.summon_full_params(model, writeback=False):
+            params = {clean(name): param for name, param in model.named_parameters()}
+            return {name: params[name].detach().to(device, copy=True) for name in trained(Net())}
+
+    engine = _engine(model, device, full)
+    if "cpu_offload" in more:
+        engine.home = torch.device("cpu")
+    return engine
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    """Of the job's own group: `init_device_mesh` makes one of nccl beside gloo, which wants a GPU for each rank."""
+    return DeviceMesh.from_group(dist.group.WORLD, device.type)
+
+
+def fsdp2(device: torch.device, **options: Any) -> Engine:
+    model = net(torch.device("cpu") if "offload_policy" in options else device)
+    mesh = _mesh(device)
+    for module in (*model.blocks, model.frozen, model):
+        fully_shard(module, mesh=mesh, **options)
+    for name, buffer in model._buffers.items():
+        model._buffers[name] = buffer.to(device)
+    engine = _engine(model, device, partial(_full_tensors, model, device))
+    if "offload_policy" in options:
+        engine.home = torch.device("cpu")
+    return engine
+
+
+def tp(device: torch.device) -> Engine:
+    model = net(device)
+    mesh = _mesh(device)
+    plan = {"blocks.*.wide": ColwiseParallel(), "blocks.*.narrow": RowwiseParallel()}
+    return _engine(parallelize_module(model, mesh, plan), device, partial(_full_tensors, model, device))
+
+
+def _full_tensors(model: Any, device: torch.device) -> State:
+    if hasattr(model, "reshard"):
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
+    full = {}
+    for name, param in trained(model).items():
+        local = param.detach()
+        if isinstance(local, DTensor):
+            local = _whole(local)
+        full[name] = local.to(device, copy=True)
+    return full
+
+
+def _whole(tensor: DTensor) -> Tensor:
+    """Collective. Its local tensors side by side; `full_tensor()` over gloo crashes on a GPU (pytorch#132471)."""
+    local, (placement,) = tensor.to_local(), tensor.placements
+    if not placement.is_shard():
+        return local
+    pieces: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(pieces, local.cpu())
+    return torch.cat(pieces, placement.dim)
+
+
+_LOW = MixedPrecision(param_dtype=BF16, reduce_dtype=BF16)
+_LOW2 = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32, cast_forward_inputs=True)
+
+
+def _low(make: Make) -> Make:
+    """An engine whose forward computes in bf16."""
+
+    def made(device: torch.device) -> Engine:
+        engine = make(device)
+        engine.tolerance = 0.05
+        return engine
+
+    return made
+
+
+ENGINES: dict[str, Make] = {
+    "ddp": ddp,
+    "fsdp1_views": partial(fsdp1, use_orig_params=True),
+    "fsdp1_flat": partial(fsdp1, use_orig_params=False),
+    "fsdp1_mixed": _low(partial(fsdp1, use_orig_params=True, mixed_precision=_LOW)),
+    "fsdp1_offload": partial(fsdp1, use_orig_params=True, cpu_offload=CPUOffload(offload_params=True)),
+    "fsdp2": fsdp2,
+    "fsdp2_unsharded_after_forward": partial(fsdp2, reshard_after_forward=False),
+    "fsdp2_mixed": _low(partial(fsdp2, mp_policy=_LOW2)),
+    "fsdp2_offload": partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=True)),
+    "tp": tp,
+}
+PAIRED = tuple(name for name in ENGINES if "offload" not in name)  # pinned memory is shown by one rank

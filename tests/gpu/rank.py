@@ -1,6 +1,7 @@
-"""`python -m tests.gpu.rank FOLDER DEVICE RANK`: one of two ranks that share a device, over gloo.
+"""`python -m tests.gpu.rank FOLDER DEVICE ENGINE PART RANK`: one of two ranks that share a device, over gloo.
 
-For each engine it writes a line into FOLDER: the engine's name, a tab, and why it failed, or nothing.
+PART is "proof", or "control": a training of the same engine in which sharded_avg is not even imported. Ends with 0, or
+leaves in FOLDER why not.
 """
 
 from __future__ import annotations
@@ -14,40 +15,50 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .checks.engines import ENGINES, PAIRED, is_missing
 from .devices import chosen
-from .engines import done, prove
+from .engines import ENGINES, STEPS, Make, done
 
 TIMEOUT = timedelta(seconds=30)
 
 
-def main(folder: str, device_name: str, rank: str) -> int:
-    """Stops at the first failure of one rank alone: the other one is somewhere else then."""
+def main(folder: str, device_name: str, engine: str, part: str, rank: str) -> int:
+    """Join the other one, and do one part."""
     device = chosen(device_name)
     os.environ.update(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=int(rank), world_size=2, timeout=TIMEOUT)
-    with Path(folder, f"rank{rank}.said").open("w") as said:
-        for name in PAIRED:
-            why = _why_not(name, device)
-            said.write(f"{name}\t{why}\n")
-            said.flush()
-            if why and not is_missing(why):
-                return 1
-            done(device)
+    try:
+        dist.init_process_group("gloo", store=store, rank=int(rank), world_size=2, timeout=TIMEOUT)
+        _PARTS[part](ENGINES[engine], device)
+        done(device)
+    except Exception as error:
+        traceback.print_exc()
+        Path(folder, f"rank{rank}.why").write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        return 1
     return 0
 
 
-def _why_not(name: str, device: torch.device) -> str:
-    try:
-        prove(ENGINES[name], device)
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0].replace("\t", " ")
-    return ""
+def _prove(make: Make, device: torch.device) -> None:
+    from .proof import prove
+
+    prove(make, device)
+
+
+def _control(make: Make, device: torch.device) -> None:
+    """What a proof asks of an engine that it has no average of."""
+    engine = make(device)
+    for step in range(STEPS):
+        engine.learn(step)
+        engine.full()
+        engine.working()
+        engine.evaluate()
+    engine.close()
+    assert "sharded_avg" not in sys.modules, "a control must do without"
+
+
+_PARTS = {"proof": _prove, "control": _control}
 
 
 if __name__ == "__main__":

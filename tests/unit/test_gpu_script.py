@@ -14,6 +14,9 @@ import torch
 from ..gpu import checks, report
 from ..gpu.__main__ import chosen, main
 from ..gpu.check import CHECKS, Check, CouldNotRun, Result, attempt
+from ..gpu.checks.suite import failures
+from ..gpu.checks.two_ranks import report as report_of_pair
+from ..gpu.pair import judge
 from ..gpu.parent import run_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +135,93 @@ def test_when_the_time_is_up(tmp_path: Path) -> None:
     assert found["first"].status == "ok"
     for name in ("hangs", "next"):
         assert (found[name].status, found[name].text) == ("could not run", "the time of this visit was over")
+
+
+# What a rank does: its engine says how the proof ends, and how the control.
+RANK = """
+import faulthandler, os, signal, sys, time
+folder, device, engine, part, rank = sys.argv[1:]
+faulthandler.enable()
+def gather_what_crashes():
+    os.kill(os.getpid(), signal.SIGSEGV)
+end = dict(zip(("proof", "control"), engine.split("_")))[part]
+if end == "crashes":
+    gather_what_crashes()
+if end == "raises" and rank == "1":
+    open(f"{folder}/rank1.why", "w").write("AssertionError: 3 of 7 differ")
+    print("a traceback")
+    sys.exit(1)
+if end == "raises" or end == "hangs":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.own_processes
+def test_a_pair_that_fails_is_judged_by_a_control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gpu.pair.GRACE_S", 0.2)
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    names = ["passes_", "crashes_crashes", "crashes_passes", "raises_passes", "raises_crashes"]
+    verdicts = judge(names, "cpu", [sys.executable, str(script)])
+
+    def told(name: str) -> Result:
+        return attempt(a_check(name, run=lambda device: report_of_pair(name, verdicts[name], device)), CPU)
+
+    assert told("passes_").status == "ok"
+    lost = told("crashes_crashes")
+    assert (lost.status, lost.text[:33]) == ("could not run", "torch's own crashes_crashes over ")
+    assert "(control, without sharded_avg: signal 11 in gather_what_crashes (rank.py:" in lost.text
+    ours = told("crashes_passes")
+    assert ours.status == "FAILED"
+    assert ours.text.startswith("AssertionError: signal 11 in gather_what_crashes (rank.py:")
+    assert ours.text.endswith("; a control, without sharded_avg, passed")
+    assert "Fatal Python error: Segmentation fault" in ours.details
+    raised = told("raises_passes")
+    assert raised.text == "AssertionError: AssertionError: 3 of 7 differ; a control, without sharded_avg, passed"
+    assert "a traceback" in raised.details
+    assert told("raises_crashes").status == "could not run"
+
+
+@pytest.mark.own_processes
+def test_pairs_that_have_no_time_left(tmp_path: Path) -> None:
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    verdicts = judge(["hangs_passes", "passes_"], "cpu", [sys.executable, str(script)], limit_s=-1)
+    assert verdicts == {"hangs_passes": None, "passes_": None}
+    with pytest.raises(CouldNotRun, match="not enough"):
+        report_of_pair("passes_", None, CPU)
+
+
+@pytest.mark.own_processes
+def test_a_control_does_without_the_package() -> None:
+    script = "import sys; from tests.gpu import rank; sys.exit('sharded_avg' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120, check=True)
+
+
+PYTEST_SAYS = """
+FF.
+=================================== FAILURES ===================================
+______________________________ test_it[DataParallel] ______________________________
+tests/unit/test_a.py:7: in test_it
+    assert found == expected
+E   AssertionError: tensor(1., device='cuda:0')
+____________________________________ test_b ____________________________________
+tests/unit/test_a.py:9: in test_b
+E   KeyError: 'b'
+=========================== short test summary info ============================
+FAILED tests/unit/test_a.py::test_it[DataParallel] - AssertionError: tensor
+FAILED tests/unit/test_a.py::test_b - KeyError: 'b'
+2 failed, 1 passed in 0.1s
+"""
+
+
+def test_why_tests_failed_is_kept() -> None:
+    lines = failures(PYTEST_SAYS).splitlines()
+    assert lines[1] == "FAILED tests/unit/test_a.py::test_b - KeyError: 'b'"
+    assert lines[2] == "--- test_it[DataParallel]"
+    assert "E   AssertionError: tensor(1., device='cuda:0')" in lines
+    assert lines[-1] == "E   KeyError: 'b'"
+    assert failures("INTERNALERROR> what is this") == "INTERNALERROR> what is this"
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

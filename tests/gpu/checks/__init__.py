@@ -1,3 +1,16 @@
 """Importing this enters every check into the table."""
 
-from . import engines, graphs, memory, rules, speed, streams, suite, swaps, trainer, training, zero  # noqa: F401
+from . import (  # noqa: F401
+    engines,
+    graphs,
+    memory,
+    rules,
+    speed,
+    streams,
+    suite,
+    swaps,
+    trainer,
+    training,
+    two_ranks,
+    zero,
+)

@@ -29,10 +29,17 @@ class Row:
 
     rule: Callable[[], AbstractRule]
     formula: Formula
+    ulps: float = 1.0  # by which one update may differ between devices, whoever computes it
 
 
 def mixed(average: Tensor, live: Tensor, n: int) -> Tensor:
     return average * DECAY + live * (1 - DECAY)
+
+
+# Two calls, so each device rounds twice, to half a place: up to 2 ulp apart. Besides, torch's CPU rounds the constants
+# of these calls to bf16 first, and its GPU does not: 0.9 and 0.1 are off by less than half a place. The package has no
+# part in it: on each device its bits are those of the same two calls on plain tensors, and that is asserted apart.
+_TWO_CALLS_ULPS = 3.0
 
 
 def mixed_lists(averages: list[Tensor], lives: list[Tensor], n: int) -> None:
@@ -51,7 +58,7 @@ ROWS = {
     "ema_half_life": Row(partial(EMA.from_half_life, 3), lerp(lambda n: 1 - 2.0 ** (-1 / 3))),
     "swa": Row(SWA, swa),
     "avg_fn": Row(partial(CustomRule, avg_fn=mixed), _each),
-    "multi_avg_fn": Row(partial(CustomRule, multi_avg_fn=mixed_lists), mixed_lists),
+    "multi_avg_fn": Row(partial(CustomRule, multi_avg_fn=mixed_lists), mixed_lists, _TWO_CALLS_ULPS),
 }
 
 
@@ -117,7 +124,7 @@ def _beside_cpu(row: Row, weights: torch.dtype, stored: torch.dtype | None, devi
     expected = averaged(on_cpu)
     found.total = sum(value.numel() for value in expected.values())
     found.differing = sum(int((value != before[name]).sum()) for name, value in expected.items())
-    assert found.ulps <= 1.0, f"{found}: more than a last bit"
+    assert found.ulps <= row.ulps, f"{found}: more than {row.ulps:g}"
     return found
 
 

@@ -16,7 +16,8 @@ from sharded_avg import EMA, ShardedAverage
 
 from ..check import check, optional
 from ..devices import is_gpu
-from ..engines import Engine, Make, join_alone, prove
+from ..engines import Engine, Make, join_alone
+from ..proof import prove
 from ..reference import DECAY, ByHand, State, assert_same, batch, loss_of, net, trained
 
 ROOM = "zero"
