@@ -110,7 +110,7 @@ def fsdp1(device: torch.device, *, use_orig_params: bool, **more: Any) -> Engine
 
 
 def _mesh(device: torch.device) -> DeviceMesh:
-    """Of the job's own group: `init_device_mesh` makes one of nccl beside gloo, which wants a GPU for each rank."""
+    """Of the job's own group: beside gloo `init_device_mesh` makes another, maybe of nccl (pytorch#132709)."""
     return DeviceMesh.from_group(dist.group.WORLD, device.type)
 
 
@@ -149,7 +149,7 @@ def _full_tensors(model: Any, device: torch.device) -> State:
 
 
 def _whole(tensor: DTensor) -> Tensor:
-    """Collective. Its local tensors side by side; `full_tensor()` over gloo crashes on a GPU (pytorch#132471)."""
+    """Collective. Its local tensors side by side: `full_tensor()` over gloo may crash on a GPU (pytorch#132471)."""
     local, (placement,) = tensor.to_local(), tensor.placements
     if not placement.is_shard():
         return local
