@@ -5,6 +5,7 @@
     rivals    what a user would pick instead: torch, ema-pytorch, Lightning, gathering first
     local     cases on one process
     ranks     cases on processes of their own, with a process group: FSDP1, FSDP2, DDP, DeepSpeed
+    growth    what each of many small parameters costs, by their number
     report    the table, as text, Markdown or JSON
 
 Nothing here is asserted: a ratio that misses its target is printed with its target.

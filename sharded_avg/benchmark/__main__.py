@@ -11,11 +11,14 @@ from functools import partial
 
 import torch
 
+from .growth import growth
 from .local import cases
 from .ranks import JOBS, Outcome, Settings, run
 from .report import Report
 from .timing import Case, clock_for, measure
 from .weights import QUICK, Sizes
+
+MANY = "many"
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -27,7 +30,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
     parser.add_argument("--rounds", type=int, help="times each contender is called (60; with --quick 5)")
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default 1)")
-    keys = [key for key, _ in cases(QUICK)] + [job.key for job in JOBS]
+    keys = [key for key, _ in cases(QUICK)] + [MANY] + [job.key for job in JOBS]
     parser.add_argument(
         "--only", nargs="+", choices=keys, default=keys, metavar="CASE", help=f"any of: {' '.join(keys)}"
     )
@@ -42,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     settings = Settings(QUICK if options.quick else Sizes(), rounds, options.threads)
     torch.set_num_threads(settings.num_threads)
     report = Report(clock_for(settings.num_threads)[0], settings.num_threads, settings.num_rounds, options.quick)
+    measurements: dict[str, Callable[[], Outcome]]
     measurements = {key: partial(_here, build, settings) for key, build in cases(settings.sizes)}
+    measurements[MANY] = lambda: Outcome(growth=growth(settings.sizes.many))
     measurements |= {job.key: partial(run, job, settings) for job in JOBS}
     for key, measured in measurements.items():
         if key not in options.only:
@@ -54,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             report.skipped[key] = str(error)
         else:
             report.add(outcome.timings, outcome.memory)
+            report.growth += outcome.growth
         gc.collect()  # the next case needs the memory
     print(report.to_json() if options.json else report.to_markdown() if options.markdown else report.to_text())
     return 0

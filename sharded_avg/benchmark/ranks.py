@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from ..ranks import leave
+from .growth import Growth
 from .local import BYTES_FP32, base, ours, started
 from .rivals import gather_then_average
 from .timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
@@ -52,8 +53,9 @@ class Settings:
 class Outcome:
     """What rank 0 measured."""
 
-    timings: list[Timing]
-    memory: Memory | None
+    timings: list[Timing] = field(default_factory=list)
+    memory: Memory | None = None
+    growth: list[Growth] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

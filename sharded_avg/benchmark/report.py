@@ -15,12 +15,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from .growth import Growth
 from .timing import OURS, Memory, Timing
 
 Table = Callable[[tuple[str, ...], Sequence[tuple[str, ...]]], str]  # headers and rows to text
 
 _HEADERS = ("case", "what", "median", "ratio", "10-90 %", "target", "floor")
 _MEMORY_HEADERS = ("case", "local elements x 4", "bytes held", "ratio", "scratch")
+_GROWTH = "many small parameters"
 
 
 @dataclass
@@ -33,6 +35,7 @@ class Report:
     is_quick: bool = False  # then the sizes are not those that targets are for
     timings: list[Timing] = field(default_factory=list)
     memory: dict[str, Memory] = field(default_factory=dict)
+    growth: list[Growth] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # job -> why
 
     def add(self, timings: list[Timing], memory: Memory | None) -> None:
@@ -89,7 +92,12 @@ class Report:
             (case, f"{4 * m.local_numel:,}", f"{m.nbytes:,}", f"{m.ratio:.4f}", f"{m.scratch_nbytes:,}")
             for case, m in self.memory.items()
         ]
-        return "\n\n".join([heading, table(_HEADERS, rows), table(_MEMORY_HEADERS, held), *self._notes()])
+        tables = [table(headers, lines) for headers, lines in ((_HEADERS, rows), (_MEMORY_HEADERS, held)) if lines]
+        if self.growth:
+            counts = sorted(self.growth[0].us)
+            headers = (_GROWTH, "us a parameter", *(f"{count:,}" for count in counts), "target")
+            tables.append(table(headers, [_growth_row(one, counts) for one in self.growth]))
+        return "\n\n".join([heading, *tables, *self._notes()])
 
     def _notes(self) -> Iterator[str]:
         for job, why in self.skipped.items():
@@ -98,6 +106,9 @@ class Report:
             yield "Targets are for the sizes of a run without --quick."
             return
         missed = [f"{t.case}, {t.name}: {t.ratio:.2f} > {t.target:g}" for t in self.missed]
+        missed += [
+            f"{one.what}: {one.us[max(one.us)]:.1f} > {one.target_us:g} us" for one in self.growth if one.is_missed
+        ]
         yield f"Above target: {'; '.join(missed) or 'none'}."
         yield f"Rivals that are not slower: {'; '.join(f'{t.case}, {t.name}' for t in self.not_beaten) or 'none'}."
 
@@ -123,6 +134,11 @@ def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -
 def _without_repeats(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     cases = ["", *(row[0] for row in rows)]
     return [("" if row[0] == before else row[0], *row[1:]) for row, before in zip(rows, cases[:-1], strict=True)]
+
+
+def _growth_row(one: Growth, counts: list[int]) -> tuple[str, ...]:
+    target = "" if one.target_us is None else f"<= {one.target_us:g}"
+    return (_GROWTH, one.what, *(f"{one.us[count]:.1f}" for count in counts), target)
 
 
 def _time(seconds: float) -> str:

@@ -15,9 +15,10 @@ class Sizes:
     large: tuple[int, int] = (8, 4 << 20)  # tensors, elements each; 128 MiB of fp32: more than caches hold
     small: tuple[int, int] = (2000, 1024)
     transformer: tuple[int, int] = (12, 384)  # layers, width
+    many: tuple[int, ...] = (1_000, 4_000, 20_000)  # small parameters
 
 
-QUICK = Sizes(large=(8, 1 << 17), small=(200, 1024), transformer=(2, 64))
+QUICK = Sizes(large=(8, 1 << 17), small=(200, 1024), transformer=(2, 64), many=(50, 200))
 
 
 def tensors(count: int, numel: int, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -18,7 +18,7 @@ from sharded_avg.benchmark.timing import OURS, Case, Contender, Memory, Timing, 
 from sharded_avg.benchmark.weights import Sizes, numel_of, tensors, transformer
 from tests.helpers.further import further
 
-TINY = Sizes(large=(3, 70), small=(5, 7), transformer=(1, 4))
+TINY = Sizes(large=(3, 70), small=(5, 7), transformer=(1, 4), many=(3, 7))
 
 
 class FakeTime:
