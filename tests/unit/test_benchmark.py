@@ -13,6 +13,7 @@ import torch
 from sharded_avg import EMA, ShardedAverage
 from sharded_avg.benchmark import local, ranks, rivals
 from sharded_avg.benchmark.__main__ import main
+from sharded_avg.benchmark.growth import Growth
 from sharded_avg.benchmark.report import Report
 from sharded_avg.benchmark.timing import OURS, Case, Contender, Memory, Timing, clock_for, measure
 from sharded_avg.benchmark.weights import Sizes, numel_of, tensors, transformer
@@ -167,6 +168,25 @@ def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert [parsed["num_rounds"], parsed["num_threads"]] == [2, 1]
     assert {row["case"].split(":")[0] for row in parsed["timings"]} == {"fp32", "bf16 weights, fp32 average", "swap"}
     assert "small ..." in printed.err
+
+
+def test_growth_by_the_number_of_parameters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R21: a row for each operation, a column for each number of parameters, and what misses its target is said."""
+    monkeypatch.setattr("sharded_avg.benchmark.__main__.QUICK", TINY)
+    assert main(["--quick", "--json", "--only", "many"]) == 0
+    rows = {row["what"]: row for row in json.loads(capsys.readouterr().out)["growth"]}
+    assert list(rows) == ["build", "first update", "update", "swap, in and out", "save", "load"]
+    assert all(set(row["us"]) == {"3", "7"} and min(row["us"].values()) >= 0 for row in rows.values())
+
+    filled = report(timing("base", 1.0))
+    filled.growth += [Growth("build", {1000: 3.0, 20000: 70.0}, 15.0), Growth("update", {1000: 1.25, 20000: 1.0}, None)]
+    table = filled.to_markdown().partition("| many small")[2].splitlines()
+    assert table[0] == " parameters | us a parameter | 1,000 | 20,000 | target |"
+    assert table[2] == "| many small parameters | build | 3.0 | 70.0 | <= 15 |"
+    assert table[3] == "|  | update | 1.2 | 1.0 |  |"
+    assert "Above target: build: 70.0 > 15 us." in filled.to_text()
 
 
 @pytest.mark.own_processes
