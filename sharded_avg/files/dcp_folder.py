@@ -11,7 +11,8 @@ offsets and lengths, and that the pieces of every tensor fill it exactly once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from ..shard import Box, take
 from .archive import records
 from .pickles import ClassName, Inert, load_inert
 from .source import AbstractSource, TensorInfo
-from .stored import Stored, StoredFile, is_size, torch_content
+from .stored import Stored, StoredFile, contiguous_stride, is_size, torch_content
+from .tensor_archive import LARGEST_BYTES, frame_of
 
 INDEX_FILE = ".metadata"
 _MAX_INDEX_BYTES = 4 << 30
@@ -63,15 +65,17 @@ class DcpFolder(AbstractSource):
     Raises `CheckpointError` if there is no index, or if the index cannot be what torch wrote about this folder.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file_of: Callable[[str], StoredFile] | None = None) -> None:
+        """`file_of`: opens a file of the folder by its name there, for a folder that is not on a disk."""
         self.path = Path(path)
+        self._file_of = file_of
         self._files: dict[str, StoredFile] = {}
         self._stored: dict[_Place, Stored] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._objects: dict[str, _Place] = {}
         self.infos: dict[str, TensorInfo] = {}
         self.facts = {"format": "torch.distributed.checkpoint"}
-        index = _index(self.path)
+        index = _index(self.path, file_of)
         places = dict(_places(index.get("storage_data")))
         self._check_places(places.values())
         for name, entry in _dict(index.get("state_dict_metadata"), "state_dict_metadata").items():
@@ -93,6 +97,14 @@ class DcpFolder(AbstractSource):
                 stored = self._piece(name, chunk)
                 self._files[chunk.place.file].read_into(take(full, here), stored, inside)
         return full
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """For reading much of it: its files stay open."""
+        with ExitStack() as stack:
+            for file in self._files.values():
+                stack.enter_context(file.kept_open())
+            yield
 
     def load_object(self, name: str) -> Any:
         """What is stored under a name of `objects`, if it is made of plain values."""
@@ -116,13 +128,19 @@ class DcpFolder(AbstractSource):
 
     def _check_places(self, places: Iterable[_Place]) -> None:
         """Files must be ordinary ones inside the folder, and no two items may share bytes."""
-        folder = self.path.resolve()
+        folder = Path() if self._file_of is not None else self.path.resolve()
         last: dict[str, int] = {}
         for place in sorted(places, key=lambda place: (place.file, place.offset)):
             if place.file not in self._files:
-                inside = Path(os.path.realpath(folder / place.file))
-                _require(inside.parent == folder or folder in inside.parents, f"the file {place.file!r} outside of it")
-                self._files[place.file] = StoredFile(inside)
+                if self._file_of is not None:
+                    plain = not place.file.startswith("/") and ".." not in place.file.split("/")
+                    _require(plain, f"the file {place.file!r} outside of it")
+                    self._files[place.file] = self._file_of(place.file)
+                else:
+                    inside = Path(os.path.realpath(folder / place.file))
+                    below = inside.parent == folder or folder in inside.parents
+                    _require(below, f"the file {place.file!r} outside of it")
+                    self._files[place.file] = StoredFile(inside)
             _require(place.offset >= last.get(place.file, 0), f"items that overlap in {place.file!r}")
             stop = last[place.file] = place.offset + place.length
             if stop > self._files[place.file].nbytes:
@@ -134,8 +152,8 @@ class DcpFolder(AbstractSource):
     def _piece(self, name: str, chunk: _Chunk) -> Stored:
         """Where the elements of a chunk lie in its file."""
         if chunk.place not in self._stored:
-            stored = self._content(name, chunk.place)
             info = self.infos[name]
+            stored = self._framed(info.dtype, chunk) or self._content(name, chunk.place)
             _require(isinstance(stored, Stored), f"no tensor where a piece of {name!r} should be")
             _require(
                 (stored.shape, stored.dtype) == (chunk.box.lengths, info.dtype),
@@ -145,10 +163,23 @@ class DcpFolder(AbstractSource):
             self._stored[chunk.place] = stored
         return self._stored[chunk.place]
 
+    def _framed(self, dtype: torch.dtype, chunk: _Chunk) -> Stored | None:
+        """The same, where the archive is one of ours."""
+        nbytes, record = chunk.box.numel * dtype.itemsize, None
+        if nbytes > LARGEST_BYTES:
+            return None
+        frame = frame_of(dtype, chunk.box.lengths)
+        if chunk.place.length == frame.nbytes + nbytes:
+            with self._files[chunk.place.file].reading() as file, suppress(OSError):
+                record = frame.find(file, chunk.place.offset, nbytes)
+        if record is None:
+            return None
+        return Stored(dtype, chunk.box.lengths, contiguous_stride(chunk.box.lengths), record.offset, record)
+
     def _content(self, name: str, place: _Place) -> Any:
         what = f"{name!r} in {str(self.path / place.file)!r}"
         try:
-            with self._files[place.file].open() as file:
+            with self._files[place.file].reading() as file:
                 return torch_content(file, records(file, place.offset, place.length), what=what)
         except OSError as error:
             raise CheckpointError(f"{what} cannot be read: {error}") from error
@@ -156,11 +187,16 @@ class DcpFolder(AbstractSource):
             raise CheckpointError(f"{what} is damaged: {error}") from error
 
 
-def _index(folder: Path) -> Inert:
+def _index(folder: Path, file_of: Callable[[str], StoredFile] | None) -> Inert:
     file = folder / INDEX_FILE
     try:
-        _require(not file.exists() or (file.is_file() and file.stat().st_size <= _MAX_INDEX_BYTES), "no ordinary index")
-        data = file.read_bytes()
+        if file_of is None:
+            fits = not file.exists() or (file.is_file() and file.stat().st_size <= _MAX_INDEX_BYTES)
+            _require(fits, "no ordinary index")
+            data = file.read_bytes()
+        else:
+            with file_of(INDEX_FILE).open() as stream:
+                data = stream.read()
     except OSError as error:
         raise CheckpointError(
             f"{str(folder)!r} is no whole checkpoint folder: {INDEX_FILE} cannot be read ({error.strerror}). DCP "

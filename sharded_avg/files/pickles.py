@@ -80,6 +80,7 @@ class _Unpickler(pickle._Unpickler):
     """Every opcode that makes or changes objects is replaced; the rest builds plain values."""
 
     stack: list[Any]
+    read: Callable[[int], bytes]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
@@ -87,8 +88,29 @@ class _Unpickler(pickle._Unpickler):
         self, data: bytes, admits: Callable[[str, str], bool], persistent: Callable[[Any], Any] | None
     ) -> None:
         super().__init__(io.BytesIO(data))
+        self._data = data
         self._admits = admits
         self._persistent = persistent
+
+    def load(self) -> Any:
+        """As Python's, reading straight from memory: its way through frames is a third of the time of an index."""
+        stream = io.BytesIO(self._data)
+        read = self.read = stream.read
+        self.readline, self.readinto = stream.readline, stream.readinto
+        self.metastack: list[list[Any]] = []
+        self.stack = []
+        self.append = self.stack.append
+        self.proto = 0
+        dispatch = self.dispatch
+        try:
+            while code := read(1):
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise EOFError
+
+    def _skip_frame(self) -> None:
+        self.read(8)  # its length; all of it is in memory
 
     def find_class(self, module: str, name: str) -> Any:
         if not self._admits(module, name):
@@ -149,10 +171,14 @@ class _Unpickler(pickle._Unpickler):
         elif kind is set:
             target.update(map(_checked_key, values))
         else:
-            target.update(zip(map(_checked_key, values[::2]), values[1::2], strict=True))
+            keys = values[::2]
+            if {*map(type, keys)} != {str}:  # most are all of strings
+                keys = list(map(_checked_key, keys))
+            target.update(zip(keys, values[1::2], strict=True))
 
     dispatch: ClassVar[Any] = {
         **{code: handler for code, handler in pickle._Unpickler.dispatch.items() if code in _CODES},
+        pickle.FRAME[0]: _skip_frame,
         pickle.REDUCE[0]: _make,
         pickle.NEWOBJ[0]: _make,
         pickle.BUILD[0]: _build,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class AbstractSource(ABC):
     """Full tensors by name. `read` returns CPU tensors and needs memory for what it returns, not for the file."""
 
     infos: Mapping[str, TensorInfo]  # every tensor that can be read, in the file's order
+    extra: Mapping[str, Any] = MappingProxyType({})  # entries of the state dict that are no tensors
     facts: Mapping[str, Any]  # what else the file says: "format", and where known "n_averaged", "step", "rule"; JSON
 
     @abstractmethod
@@ -57,6 +59,7 @@ class Renamed(AbstractSource):
         self._source = source
         self._names = dict(names)
         self.infos = {new: source.infos[old] for new, old in self._names.items()}
+        self.extra = source.extra
         self.facts = {**source.facts, **(facts or {})}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
@@ -68,7 +71,7 @@ class Cast(AbstractSource):
 
     def __init__(self, source: AbstractSource, dtype: torch.dtype | None) -> None:
         self._source = source
-        self.facts = source.facts
+        self.extra, self.facts = source.extra, source.facts
         self.infos = {
             name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
             for name, info in source.infos.items()
@@ -84,8 +87,7 @@ class Watched(AbstractSource):
     def __init__(self, source: AbstractSource, report: Callable[[int], None]) -> None:
         self._source = source
         self._report = report
-        self.infos = source.infos
-        self.facts = source.facts
+        self.infos, self.extra, self.facts = source.infos, source.extra, source.facts
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         tensor = self._source.read(name, box)

@@ -11,9 +11,11 @@ does not count as this process's memory.
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +30,7 @@ from .archive import Record, read_record, verify
 from .pickles import ClassName, Inert, load_inert
 
 PIECE_BYTES = 32 << 20
+_BUFFER_BYTES = 64 << 10
 _MAX_ELEMENTS = 2**62
 _MAX_PICKLE_BYTES = 1 << 30
 _MAX_DEPTH = 100
@@ -106,9 +109,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class StoredFile:
     """An ordinary file with Stored tensors in it. Raises `CheckpointError` for anything that is not one."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    _kept: Any = None
+
+    def __init__(self, path: str | os.PathLike[str], nbytes: int | None = None) -> None:
+        """`nbytes`: given for a file that is not on a disk."""
         self.path = Path(path)
         self._verified: set[Record] = set()
+        if nbytes is not None:
+            self.nbytes = nbytes
+            return
         try:
             status = self.path.stat()
         except OSError as error:
@@ -120,6 +129,24 @@ class StoredFile:
     def open(self) -> BinaryIO:
         """The file, unbuffered."""
         return open(self.path, "rb", buffering=0)
+
+    @contextmanager
+    def reading(self) -> Iterator[BinaryIO]:
+        """The file, open meanwhile, or for as long as it is kept open."""
+        if self._kept is not None:
+            yield self._kept
+        else:
+            with self.open() as file:
+                yield file
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """For many small reads of parts that lie together."""
+        with self.open() as file, io.BufferedReader(file, _BUFFER_BYTES) as self._kept:  # type: ignore[type-var]
+            try:
+                yield
+            finally:
+                self._kept = None
 
     def read(self, stored: Stored, box: Box | None = None) -> Tensor:
         """The elements of `box`, or all of them. Raises `CheckpointError` if the bytes have changed."""
@@ -134,7 +161,7 @@ class StoredFile:
             return
         start = sum(offset * step for offset, step in zip(box.offsets, stored.stride, strict=True))
         try:
-            with self.open() as file:
+            with self.reading() as file:
                 if stored.record not in self._verified:
                     verify(file, stored.record)
                     self._verified.add(stored.record)
