@@ -221,9 +221,13 @@ class ShardedAverage:
 
         Each rank writes its own pieces. The folder has its final name only when it is whole; an earlier one at `path`
         is kept until then. A path with `://` goes through fsspec. Before the first update only counters are saved, so
-        that a resumed run starts on time. With `with_buffers`, buffers that are not averaged are in the folder, too:
-        `load` has no use for them, and `load_averaged_state_dict` hands them out. Raises `CheckpointError` if it
-        cannot be written.
+        that a resumed run starts on time. With `with_buffers`, buffers and frozen parameters are in the folder, too:
+        `load` has no use for them, and with what `load_averaged_state_dict` then hands out, a load is strict.
+
+        What ranks hold is compared before anything is written. Other names on other ranks (stages of a pipeline) are
+        all saved; a piece that several hold must be equal on them. Ranks of a plain module, which nothing connects,
+        may name other paths: then each saves what it has. Raises `CheckpointError` if it cannot be written, or if
+        something of a rank's would be lost.
         """
         self._checkpoints.save(path, with_buffers=with_buffers)
 
@@ -231,8 +235,8 @@ class ShardedAverage:
         """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
 
         Training, updates and swaps may go on; call `result()` of what is returned, on all ranks, to wait for the
-        bytes and give the folder its name. The next save waits for this one. The first call makes a gloo group for
-        the traffic.
+        bytes and give the folder its name. The next save waits for this one. Nothing is
+        communicated meanwhile.
         """
         return self._checkpoints.async_save(path)
 
@@ -241,7 +245,8 @@ class ShardedAverage:
 
         Raises `CheckpointError`, and changes nothing, if averages, names, shapes or dtypes do not fit, or if the
         folder is torn. With `strict=False`, loads what fits and says in the result what it left out: an average that
-        is missing stays as it is, a parameter that is missing starts again from its live value.
+        is missing stays as it is, a parameter that is missing starts again from its live value. What the folder has
+        more than all ranks together is unexpected; where this model is on a part of the job only, others may have it.
         """
         return self._checkpoints.load(path, strict=strict)
 

@@ -13,11 +13,11 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
 from .averages.arguments import as_buffers, as_dtype
 from .averages.store import AverageDtype
 from .formats.importers import find_importer
-from .ranks import all_or_none, gather_objects, rank_in, rendezvous, size_of
+from .ranks import all_or_none, everyone, gather_objects, rank_in, rendezvous, size_of
 from .rules.base import AbstractLerpRule
 from .rules.custom import AvgFn, MultiAvgFn
-from .saved.folder import everyone, read_manifest
 from .saved.manifest import Manifest
+from .saved.opening import read_manifest
 from .saved.place import place_of
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from ..errors import CheckpointError, ConfigError
 from ..files.dcp_folder import INDEX_FILE, DcpFolder
@@ -47,13 +46,14 @@ def open_source(path: StrPath, name: str | None = None) -> AbstractSource:
     return Renamed(source, names, {"aliases": aliases})
 
 
-def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str, Tensor]:
+def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str, Any]:
     """Full averaged tensors on the CPU, under the model's own names. Needs no process group and no GPU.
 
     `path` is a folder that `save` wrote, a checkpoint folder that contains an average, a file that
     `sharded-avg consolidate` made, or a foreign format that `sharded-avg inspect` knows. `name` chooses among several
     averages. Tied names share one tensor. Frozen parameters and buffers come along where the checkpoint has them:
-    with all of them, `model.load_state_dict(...)` is strict; else pass `strict=False` to it.
+    with all of them, `model.load_state_dict(...)` is strict; else pass `strict=False` to it. So does what modules keep
+    as extra state, which need not be tensors.
 
     Raises `CheckpointError` if there is no (such) average or if it is torn or damaged, and `NotStartedError` if it was
     saved before its first update.
@@ -67,7 +67,7 @@ def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str
         )
     aliases = source.facts.get("aliases", {})
     state = {key: source.read(key) for key in source.infos if key not in aliases}
-    return {key: state[aliases.get(key, key)] for key in source.infos}
+    return {**{key: state[aliases.get(key, key)] for key in source.infos}, **source.extra}
 
 
 def _average(path: Path, name: str | None) -> AbstractSource | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,18 @@ from torch import Tensor
 
 from ..averages.arguments import MANIFEST_KEY
 from ..averages.state import State
-from ..errors import CheckpointError, LayoutChangedError
-from ..ranks import all_or_none, gloo_twin
+from ..errors import CheckpointError, ConfigError, LayoutChangedError
+from ..ranks import all_or_none, everyone, gather_objects, size_of
 from ..shard import take
+from ..weights.names import collector_paused
 from .fit import LoadResult, compare
-from .folder import Path, PendingSave, everyone, load_folder, read_manifest, save_folder, save_folder_async
-from .items import Incoming, buffers_of, describe, items_of
+from .folder import Part, Path, PendingSave, save_folder, save_folder_async
+from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of
+from .job import decided
 from .loading import Loading
-from .manifest import BESIDE_KEY, Manifest
+from .manifest import Manifest
+from .opening import Found, find
+from .place import place_of
 
 
 class Checkpoints:
@@ -37,7 +42,6 @@ class Checkpoints:
         self._state = state
         self._incoming: Incoming | None = None  # where what is read into the last `state_dict()` goes
         self._pending: PendingSave | None = None
-        self._carrier: dist.ProcessGroup | None = None
 
     def manifest(self) -> Manifest:
         """What a save at this moment would say about itself. Local."""
@@ -45,43 +49,66 @@ class Checkpoints:
 
     def save(self, path: Path, *, with_buffers: bool) -> None:
         """Collective: all ranks must call."""
-        group = self._quiet_group()
-        with all_or_none(group, "collecting what is saved"):
-            state = self.state_dict()
-            if with_buffers:
-                state[BESIDE_KEY] = buffers_of(self._state.members)
-        save_folder(path, state, self.manifest(), group)
+        self._end_pending()
+        collect = partial(self._part, with_buffers=with_buffers)
+        with collector_paused():
+            save_folder(path, collect, everyone(self._state.group), connected=self._state.group is not None)
 
     def async_save(self, path: Path) -> PendingSave:
         """Collective: all ranks must call."""
-        group = self._quiet_group()
-        if self._carrier is None and group is not None:
-            self._carrier = gloo_twin(group)
-        with all_or_none(group, "collecting what is saved"):
-            state = self.state_dict()
-        self._pending = save_folder_async(path, state, self.manifest(), group, self._carrier)
+        self._end_pending()
+        group = everyone(self._state.group)
+        self._pending = save_folder_async(path, self._part, group, connected=self._state.group is not None)
         return self._pending
 
-    def _quiet_group(self) -> dist.ProcessGroup | None:
-        """Collective: all ranks must call. The ranks that save together, once nothing is on its way any more."""
-        pending, self._pending = self._pending, None
+    def _end_pending(self) -> None:
+        """Collective: all ranks must call. Nothing is on its way any more."""
+        pending = self._pending
         if pending is not None:
+            pending.wait()
+            self._pending = None
             pending.result()
-        return everyone(self._state.group)
+
+    def _part(self, *, with_buffers: bool = False) -> Part:
+        self._state.look(live=with_buffers)
+        manifest = self.manifest()
+        extra = extra_of(self._state.members, strictly=with_buffers)
+        pieces = list(pieces_of(self._state))
+        if with_buffers:
+            pieces += beside_of(self._state.members)
+        return Part(replace(manifest, extra=extra), pieces)
 
     @torch.no_grad()
     def load(self, path: Path, *, strict: bool) -> LoadResult:
         """Collective: all ranks must call."""
-        self._state.refuse_while_swapped("load()")
-        group = everyone(self._state.group)
-        folder, manifest = read_manifest(path, group)
-        result = self._fit(manifest, strict)
-        with all_or_none(group, "making room for the averages to load"):
-            loading = Loading(self._state, manifest, result)
-            state: dict[str, Any] = {MANIFEST_KEY: "", **loading.items()}
-        load_folder(folder, state, group)
-        if Manifest.from_json(state[MANIFEST_KEY]) != manifest:
-            raise CheckpointError(f"{folder!r} is torn: its manifest is of another save. Nothing was changed")
+        state, group, doing = self._state, everyone(self._state.group), f"loading {path!r}"
+        mine: list[Manifest] = []
+
+        def ask() -> tuple[str, bytes]:
+            state.refuse_while_swapped("load()")
+            state.members.refresh()
+            mine.append(self.manifest())
+            place = place_of(path)
+            return place.path if state.group is not None else place.identity, mine[0].digest()
+
+        def look(asked: list[tuple[str, bytes]]) -> tuple[Found | None, bool]:
+            paths = [path for path, _ in asked]
+            if len(set(paths)) > 1 and state.group is not None:
+                raise ConfigError(f"path: ranks that hold one model together load different folders, {paths}")
+            alike = all(names == asked[0][1] for _, names in asked)
+            return (find(path), alike) if len(set(paths)) == 1 else (None, True)
+
+        found, alike = decided(group, ask, look, doing)
+        known = () if alike else set().union(*gather_objects(group, set(mine[0].tensors)))
+        with all_or_none(group, doing), collector_paused():
+            found = find(path) if found is None else found  # a model of this rank's own
+            manifest = Manifest.from_json(found.text)
+            folder = found.opened()
+            result = compare(manifest, mine[0], known)
+            if strict:
+                result.require_all(whole=_spans_the_job(group))
+            loading = Loading(state, manifest, result)
+            loading.read(folder)
         loading.take_over()
         return result
 
@@ -118,7 +145,8 @@ class Checkpoints:
         kept = self._state
         kept.look()
         self._incoming = Incoming(kept)
-        state: dict[str, Any] = {MANIFEST_KEY: self.manifest().to_json()}
+        manifest = replace(self.manifest(), extra=extra_of(kept.members, strictly=False))
+        state: dict[str, Any] = {MANIFEST_KEY: manifest.to_json()}
         for name, history in kept.histories.items():
             present = partial(kept.average_of, name) if history.n_averaged else None
             state[name] = items_of(name, kept.members, self._incoming, present=present)
@@ -130,19 +158,29 @@ class Checkpoints:
         incoming, self._incoming = self._incoming, None
         self._state.refuse_while_swapped("load_state_dict()")
         manifest = Manifest.from_json(state_dict.get(MANIFEST_KEY))
+        started = [name for name, a in manifest.averages.items() if name in self._state.rules and a.n_averaged]
+
+        def is_read(key: str) -> bool:
+            return all(getattr(state_dict.get(name, {}).get(key), "is_read", False) for name in started)
+
+        # One rank's manifest is in the checkpoint: others may have saved other parts of the model, which DCP has found.
+        mine = self.manifest().tensors
+        elsewhere = {name: record for name, record in mine.items() if name not in manifest.tensors and is_read(name)}
+        kept = {n: r for n, r in manifest.tensors.items() if n in mine or _spans_the_job(self._state.group)}
+        manifest = replace(manifest, tensors={**kept, **elsewhere})
         loading = Loading(self._state, manifest, self._fit(manifest, strict=True), incoming)
-        unread = [
-            f"{name}.{key}"
-            for name in loading.started
-            for key in manifest.tensors
-            if not getattr(state_dict.get(name, {}).get(key), "is_read", False)
-        ]
+        unread = [key for key in manifest.tensors if not is_read(key)]
         if unread or incoming is None:
             raise CheckpointError(
                 f"{unread or 'these values'} were not read: call state_dict(), pass what it returns through "
                 "torch.distributed.checkpoint.load, and then to load_state_dict(); or call load(path)"
             )
         loading.take_over()
+
+
+def _spans_the_job(group: dist.ProcessGroup | None) -> bool:
+    """Whether there is no rank that may hold another part of the model."""
+    return not dist.is_initialized() or (group is not None and size_of(group) == dist.get_world_size())
 
 
 def _refuse_other_cuts(mine: State, other: State) -> None:

@@ -16,12 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..errors import CheckpointError
+from ..ranks import everyone, size_of
 from ..shard import Box, Patch, Region, patches
+from .claims import ClaimIndex, Piece, claim_of, may_be_held_twice
 
 NOT_STARTED = "not started"
 
@@ -31,15 +34,11 @@ def chunk_of(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
 
 
-def written(fqn: str, box: Box, full: Tensor) -> WriteItem:
-    """DCP's order to write one Box of a tensor; of `full`, only shape and dtype count."""
-    return WriteItem(
-        index=MetadataIndex(fqn, torch.Size(box.offsets)),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=chunk_of(box), properties=TensorProperties(dtype=full.dtype), size=full.shape
-        ),
-    )
+def window(local: Tensor, patch: Patch) -> Tensor:
+    """The part of a rank's local tensor that fills a Box, shaped like it."""
+    if local.ndim == len(patch.box.lengths) and local.numel() == patch.box.numel:
+        return local.view(patch.box.lengths) if local.is_contiguous() else local
+    return local.view(-1)[patch.start : patch.stop].view(patch.box.lengths)
 
 
 class ShardItem(Tensor):
@@ -100,7 +99,16 @@ class ShardItem(Tensor):
         self.is_read = False
         if self._local is None:
             return [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO)]
-        return [written(fqn, patch.box, self) for patch in (self._patches.values() if self._writes else ())]
+        size, properties, num_ranks = tuple(self.shape), TensorProperties(dtype=self.dtype), size_of(everyone(None))
+        items = []
+        for patch in self._patches.values() if self._writes else ():
+            index = MetadataIndex(fqn, torch.Size(patch.box.offsets))
+            if num_ranks > 1 and may_be_held_twice(patch.box, size, num_ranks):
+                claim = claim_of(Piece(fqn, size, patch.box, window(self._local, patch)))
+                index = ClaimIndex(fqn, patch.box.offsets, claim=claim, rank=dist.get_rank())
+            data = TensorWriteData(chunk_of(patch.box), properties, self.shape)
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return items
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         self.is_read = True  # only a load asks this
@@ -110,7 +118,4 @@ class ShardItem(Tensor):
         if index.offset is None:
             return NOT_STARTED
         local = self._destination() if self.is_read or self._local is None else self._local
-        patch = self._patches[tuple(index.offset)]
-        if local.ndim == len(patch.box.lengths) and local.numel() == patch.box.numel:
-            return local.view(patch.box.lengths) if local.is_contiguous() else local
-        return local.view(-1)[patch.start : patch.stop].view(patch.box.lengths)
+        return window(local, self._patches[tuple(index.offset)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,21 +28,21 @@ class LoadResult:
     def __str__(self) -> str:
         return "; ".join(self._problems()) or "all of it was loaded"
 
-    def _problems(self) -> Iterator[str]:
+    def _problems(self, also_elsewhere: bool = True) -> Iterator[str]:
         for what, names in (
             ("averages missing from it", self.missing_averages),
             ("averages that it has and the model lacks", self.unexpected_averages),
             ("parameters missing from it", self.missing_keys),
-            ("parameters that it has and the model's average lacks", self.unexpected_keys),
+            ("parameters that it has and the model's average lacks", self.unexpected_keys if also_elsewhere else []),
         ):
             if names:
                 yield f"{what}: {names}"
         for name, reason in self.misfits.items():
             yield f"parameter {name!r} {reason}"
 
-    def require_all(self) -> None:
-        """Raise `CheckpointError` unless everything fits."""
-        problems = list(self._problems())
+    def require_all(self, *, whole: bool = True) -> None:
+        """Raise `CheckpointError` unless everything fits; if not `whole`, the file may have more than is asked for."""
+        problems = list(self._problems(whole))
         if problems:
             raise CheckpointError(
                 f"the saved average does not fit: {'; '.join(problems)}. Nothing was changed; strict=False loads what "
@@ -50,13 +50,13 @@ class LoadResult:
             )
 
 
-def compare(saved: Manifest, mine: Manifest) -> LoadResult:
-    """What of `saved` fits an object that would save `mine`."""
+def compare(saved: Manifest, mine: Manifest, known: Collection[str] = ()) -> LoadResult:
+    """What of `saved` fits an object that would save `mine`. `known`: names that other ranks have, none unexpected."""
     return LoadResult(
         missing_averages=[name for name in mine.averages if name not in saved.averages],
         unexpected_averages=[name for name in saved.averages if name not in mine.averages],
         missing_keys=[name for name in mine.tensors if name not in saved.tensors],
-        unexpected_keys=[name for name in saved.tensors if name not in mine.tensors],
+        unexpected_keys=[name for name in saved.tensors if name not in mine.tensors and name not in known],
         misfits={
             name: reason
             for name, record in mine.tensors.items()

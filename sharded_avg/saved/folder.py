@@ -1,178 +1,215 @@
-"""Saving and loading an average as a folder: every rank its own pieces, and rank 0 the name.
+"""Saving an average as a folder: every rank its own pieces, and rank 0 the index and the name.
 
-    save    all ranks write their pieces into the incoming folder, through torch.distributed.checkpoint (DCP), which
-            writes its index last; then rank 0 adds the manifest and gives the folder its name
-    load    rank 0's manifest goes to all ranks, which check that it fits; then each reads its own pieces
+    begin     all ranks tell what they would write and where; rank 0 compares, settles who writes what several hold, and
+              makes the incoming folder
+    write     each rank writes its pieces into a file of its own; nothing is said meanwhile, so that training may go on
+    finish    all ranks tell where their pieces lie; rank 0 writes the index, adds the manifest, and names the folder
 
-A PendingSave is a save whose bytes are still on their way; `result()` ends it.
+A Saving is one of these on its way; a PendingSave one whose middle part runs beside the training.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pathlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from ..errors import CheckpointError, ShardedAvgError
-from ..files.dcp_folder import DcpFolder
-from ..ranks import all_or_none, gather_objects, rank_in
+from ..averages.arguments import MANIFEST_KEY
+from ..errors import CheckpointError, ConfigError
+from ..files.dcp_folder import INDEX_FILE
+from ..ranks import all_or_none, gather_objects, rank_in, size_of
+from .claims import Claim, Piece, Place, claim_of, held_twice, settle
+from .distcp import Written, index_of, sync, write_pieces
+from .job import claim_path, decided, part_group
 from .manifest import Manifest
-from .place import MANIFEST_FILE, AbstractPlace, Disk, place_of
-from .safe import safe_storage_reader
+from .place import MANIFEST_FILE, AbstractPlace, place_of
 
 Path = str | os.PathLike[str]
 
 
-def save_folder(path: Path, state: Mapping[str, Any], manifest: Manifest, group: dist.ProcessGroup | None) -> None:
-    """Collective: all ranks must call. The folder has its name when it is whole; an earlier one stays until then."""
-    group = everyone(group)
-    place = _prepared(path, group)
-    with _clear_errors(f"saving to {place.incoming!r}"):
-        dcp_save(dict(state), checkpoint_id=place.incoming, process_group=group)
-    _on_rank_0(group, lambda: _publish(place, manifest), f"naming the finished folder {place.path!r}")
+@dataclass(frozen=True)
+class Part:
+    """What one rank would save."""
+
+    manifest: Manifest
+    pieces: list[Piece]
 
 
-def _prepared(path: Path, group: dist.ProcessGroup | None) -> AbstractPlace:
-    place = place_of(path)
-    _on_rank_0(group, place.prepare, f"preparing {place.incoming!r}")
-    return place
+class _Asked(NamedTuple):
+    """What a rank tells before anything is written."""
+
+    path: str
+    contents: bytes  # equal where manifests are
+    places: list[Place]
 
 
-def _publish(place: AbstractPlace, manifest: Manifest) -> None:
+class _Answered(NamedTuple):
+    """Where each rank saves, which pieces several of them hold, and whether their manifests differ."""
+
+    paths: list[str]
+    shared: set[Place]
+    differ: bool
+
+
+class Saving:
+    """One save under way on this rank."""
+
+    def __init__(self, place: AbstractPlace, manifest: Manifest, pieces: list[Piece], group: dist.ProcessGroup | None):
+        self.place, self._manifest, self._pieces, self._group = place, manifest, pieces, group
+        self._written: list[Written] = []
+        self._failure = ""
+
+    def detach(self) -> None:
+        """Copy the values to host memory: what is saved is the state of this moment."""
+        self._pieces = [replace(piece, values=piece.values.detach().to("cpu", copy=True)) for piece in self._pieces]
+
+    def write(self) -> None:
+        """Write this rank's pieces. Local. What goes wrong on the disk is told when the save is finished."""
+        rank = rank_in(self._group)
+        try:
+            objects = {MANIFEST_KEY: self._manifest.to_json()} if rank == 0 else {}
+            if self._pieces or objects:
+                self._written = write_file(self.place, f"__{rank}_0.distcp", self._pieces, objects)
+        except Exception as failure:
+            self._failure = repr(failure)
+        finally:
+            self._pieces = []
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Collective: all ranks must call. Give the folder its name, unless some rank has an `error`, or failed."""
+
+        def say() -> tuple[str, list[Written]]:
+            if error is not None:
+                raise error
+            return self._failure, self._written
+
+        def publish(ranks: list[tuple[str, list[Written]]]) -> None:
+            causes = "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in enumerate(ranks) if failure)
+            if causes:
+                raise CheckpointError(f"saving to {self.place.incoming!r} failed: {causes}")
+            whole(self.place, [written for _, written in ranks], self._manifest)
+
+        decided(self._group, say, publish, f"naming the finished folder {self.place.path!r}")
+
+
+def write_file(place: AbstractPlace, file: str, pieces: Iterable[Piece], objects: dict[str, str]) -> list[Written]:
+    """One rank's file of the incoming folder. Local."""
+    with place.create(f"{place.incoming}/{file}") as stream:
+        written = write_pieces(stream, file, pieces, objects)
+        sync(stream)
+    return written
+
+
+def whole(place: AbstractPlace, ranks: list[list[Written]], manifest: Manifest) -> None:
+    """Make the incoming folder whole, and give it its name. Local: rank 0 alone."""
+    with place.create(f"{place.incoming}/{INDEX_FILE}") as stream:
+        stream.write(index_of(ranks))
+        sync(stream)
     place.write(f"{place.incoming}/{MANIFEST_FILE}", manifest.to_json())
     place.publish()
+
+
+def begin(path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | None, *, connected: bool) -> Saving:
+    """Collective: all ranks must call. Everything that can be compared before anything is written, and a new folder.
+
+    `connected`: an engine, or the user, says that the ranks of `group` hold one model. Otherwise ranks that name other
+    paths save for themselves, and all that name one save what they hold together.
+    """
+    held: list[tuple[AbstractPlace, Part]] = []
+    rank, num_ranks, doing = rank_in(group), size_of(group), f"preparing a save to {path!r}"
+
+    def ask() -> _Asked:
+        place, part = place_of(path), collect()
+        held.append((place, part))
+        places = [piece.place for piece in part.pieces] if num_ranks > 1 else []
+        return _Asked(place.path if connected else place.identity, part.manifest.digest(), places)
+
+    def look(asked: list[_Asked]) -> _Answered:
+        paths = [one.path for one in asked]
+        if len(set(paths)) > 1 and connected:
+            raise ConfigError(f"path: ranks that hold one model together save to different places, {paths}")
+        answer = _Answered(paths, held_twice([one.places for one in asked]), len({one.contents for one in asked}) > 1)
+        if len(set(paths)) == 1 and not answer.shared and not answer.differ:
+            _prepare(held[0][0], group)
+        return answer
+
+    answer = decided(group, ask, look, doing)
+    place, part = held[0]
+    same = [other for other in range(num_ranks) if answer.paths[other] == answer.paths[rank]]
+    if len(same) < num_ranks:
+        return begin(path, lambda: part, part_group(same), connected=connected)
+    manifest, left = part.manifest, set()
+    if answer.differ:
+        first, *others = gather_objects(group, manifest)
+        manifest = first.joined_by(others)
+    if answer.differ or answer.shared:
+
+        def compare(claims: list[list[Claim]]) -> list[set[Place]]:
+            settled = settle(claims)
+            _prepare(place, group)
+            return settled
+
+        claims = decided(group, lambda: [claim_of(p) for p in part.pieces if p.place in answer.shared], compare, doing)
+        left = claims[rank]
+    return Saving(place, manifest, [piece for piece in part.pieces if piece.place not in left], group)
+
+
+def _prepare(place: AbstractPlace, group: dist.ProcessGroup | None) -> None:
+    """Rank 0 alone."""
+    if group is not None and size_of(group) < dist.get_world_size():
+        claim_path(place.identity, dist.get_process_group_ranks(group))
+    place.prepare()
+
+
+def save_folder(path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | None, *, connected: bool) -> None:
+    """Collective: all ranks must call. The folder has its name when it is whole; an earlier one stays until then."""
+    saving, error = begin(path, collect, group, connected=connected), None
+    try:
+        saving.write()
+    except BaseException as failure:
+        error = failure
+    saving.finish(error)
 
 
 class PendingSave:
     """A save under way. Training and updates may go on: what lands is the state of the moment of the call."""
 
-    def __init__(self, place: AbstractPlace, manifest: Manifest, future: Any, group: dist.ProcessGroup | None) -> None:
-        self._place, self._manifest, self._future, self._group = place, manifest, future, group
+    def __init__(self, saving: Saving) -> None:
+        self._saving = saving
+        self._thread = threading.Thread(target=saving.write, name="sharded_avg.async_save", daemon=False)
         self._ended = False
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until this rank's bytes are written, or have failed to be. Local."""
+        self._thread.join()
 
     def done(self) -> bool:
         """Whether this rank's bytes are written; the folder has its name only after `result()`. Local."""
-        return bool(self._future.done())
+        return not self._thread.is_alive()
 
     def result(self) -> None:
         """Collective: all ranks must call. Wait for all bytes, and give the folder its name."""
         if self._ended:
             return
-        with _clear_errors(f"saving to {self._place.incoming!r}"):
-            self._future.result()
-        name = f"naming the finished folder {self._place.path!r}"
-        _on_rank_0(self._group, lambda: _publish(self._place, self._manifest), name)
+        error: BaseException | None = None
+        try:
+            self.wait()
+        except BaseException as failure:  # Ctrl-C on this rank: the others wait for its word
+            error = failure
         self._ended = True
+        self._saving.finish(error)
 
 
 def save_folder_async(
-    path: Path, state: Mapping[str, Any], manifest: Manifest, group: dist.ProcessGroup | None, carrier: Any
+    path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | None, *, connected: bool
 ) -> PendingSave:
-    """Collective: all ranks must call. As `save_folder`, returning when the values are copied to host memory.
-
-    `carrier`: a gloo group of the same ranks that nothing else uses while bytes travel.
-    """
-    group = everyone(group)
-    place = _prepared(path, group)
-    with _clear_errors(f"saving to {place.incoming!r}"):
-        future = dcp_async_save(dict(state), checkpoint_id=place.incoming, process_group=carrier)
-    return PendingSave(place, manifest, future, group)
-
-
-def read_manifest(path: Path, group: dist.ProcessGroup | None = None) -> tuple[str, Manifest]:
-    """Collective: all ranks must call. The newest whole folder of that name, and its manifest, as rank 0 sees them."""
-    found: tuple[str, str] | ShardedAvgError | None = None
-    if rank_in(group) == 0:
-        try:
-            found = _find(path)
-        except ShardedAvgError as error:
-            found = error
-        except Exception as error:  # whatever a storage backend raises; the others wait for an answer
-            found = CheckpointError(f"{path!r} cannot be read: {error!r}")
-    found = gather_objects(everyone(group), found)[0]
-    if isinstance(found, ShardedAvgError):
-        raise found
-    if found is None:
-        raise CheckpointError(f"rank 0 found nothing at {os.fspath(path)!r}")
-    return found[0], Manifest.from_json(found[1])
-
-
-def _find(path: Path) -> tuple[str, str]:
-    place = place_of(path)
-    try:
-        whole = place.whole()
-        if whole is not None:
-            text = place.read(f"{whole}/{MANIFEST_FILE}")
-            Manifest.from_json(text)
-            if isinstance(place, Disk):
-                DcpFolder(pathlib.Path(whole))  # refuses what is torn, or points elsewhere, before any rank reads
-            return whole, text
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{place.path!r}: {MANIFEST_FILE} cannot be read: {error}") from error
-    if place.exists(place.incoming):
-        found = f"only {place.incoming!r}, the pieces of a first save that was cut short; it cannot be used"
-    elif not place.exists(place.path):
-        found = "there is nothing of that name"
-    else:
-        found = f"it has no {MANIFEST_FILE}, so it is something else, or was torn while it was copied"
-    raise CheckpointError(f"{place.path!r} holds no saved average: {found}")
-
-
-def load_folder(path: str, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Collective: all ranks must call. Read into the items of `state`; what the folder holds is never executed."""
-    with _clear_errors(f"loading {path!r}"):
-        dcp_load(state, storage_reader=safe_storage_reader(path), planner=_SafePlanner(), process_group=everyone(group))
-
-
-class _SafePlanner(DefaultLoadPlanner):
-    """Reads objects that are not tensors (the manifest, NOT_STARTED) without running what a pickle may hold."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded, again = torch.load(value, weights_only=True), io.BytesIO()
-        torch.save(loaded, again)  # DCP's own load_bytes unpickles: what it gets is ours
-        again.seek(0)
-        super().load_bytes(read_item, again)
-
-
-def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The group that saves together: replicated plain models save as one job."""
-    return dist.group.WORLD if group is None and dist.is_initialized() else group
-
-
-def _on_rank_0(group: dist.ProcessGroup | None, action: Callable[[], None], doing: str) -> None:
-    """Collective: all ranks must call. Rank 0 acts; all ranks raise if it fails."""
-    with all_or_none(group, doing):
-        try:
-            if rank_in(group) == 0:
-                action()
-        except ShardedAvgError:
-            raise
-        except Exception as failure:  # a disk, or whatever a storage backend raises
-            raise CheckpointError(f"{doing} failed: {failure!r}") from failure
-
-
-@contextmanager
-def _clear_errors(doing: str) -> Iterator[None]:
-    """DCP's failures as CheckpointError, and none of its remarks about a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
-        try:
-            yield
-        except CheckpointException as error:  # a BaseException, which `except Exception` would not catch
-            causes = "; ".join(f"rank {rank}: {failure[0]!r}" for rank, failure in error.failures.items())
-            raise CheckpointError(f"{doing} failed: {causes}") from error
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{doing} failed: {error!r}") from error
+    """Collective: all ranks must call. As `save_folder`, returning when the values are copied to host memory."""
+    saving = begin(path, collect, group, connected=connected)
+    with all_or_none(group, "copying averages to host memory"):
+        saving.detach()
+    return PendingSave(saving)

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import WriteItem
-
+from ..averages.arguments import MANIFEST_KEY
+from ..errors import CheckpointError
 from ..files.source import AbstractSource, slabs
-from .dcp import written
-from .folder import save_folder
-from .manifest import BESIDE_KEY, Manifest
+from .claims import Piece
+from .folder import whole, write_file
+from .manifest import BESIDE_KEY, Manifest, TensorRecord
 from .place import MANIFEST_FILE, place_of
-
-
-class SourceItem(Tensor):
-    """One tensor of a source in a DCP state dict: DCP asks for one slab at a time, and writes it."""
-
-    _read: tuple[AbstractSource, str]
-
-    @staticmethod
-    def __new__(cls, source: AbstractSource, name: str) -> SourceItem:
-        info = source.infos[name]
-        item: SourceItem = Tensor._make_wrapper_subclass(cls, info.shape, dtype=info.dtype, device=torch.device("cpu"))
-        item._read = source, name
-        return item
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} on a tensor that is still in its file")
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"SourceItem({self._read[1]!r}, {tuple(self.shape)}, {self.dtype})"
-
-    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
-        source, name = self._read
-        return [written(fqn, box, self) for box in slabs(source.infos[name])]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        source, name = self._read
-        boxes = {box.offsets: box for box in slabs(source.infos[name])}
-        return source.read(name, boxes[tuple(index.offset or ())])
+from .plain import encode
 
 
 def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None:
@@ -54,15 +24,32 @@ def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None
     belong to its full state, and ShardedAverage.load has no use for them.
     """
     (average,) = manifest.averages
-    beside = [name for name in source.infos if name not in manifest.tensors and name not in manifest.aliases]
-    state = {
-        "manifest": manifest.to_json(),
-        average: {name: SourceItem(source, name) for name in manifest.tensors},
-        **({BESIDE_KEY: {name: SourceItem(source, name) for name in beside}} if beside else {}),
+    infos = source.infos
+    empty = {
+        name: TensorRecord(shape=list(infos[name].shape), dtype=str(infos[name].dtype).removeprefix("torch."))
+        for name in infos
+        if 0 in infos[name].shape and name not in manifest.aliases
     }
+    tensors = {name: record for name, record in manifest.tensors.items() if name not in empty}
+    manifest = replace(manifest, tensors=tensors, empty=empty, extra={k: encode(v) for k, v in source.extra.items()})
+    beside = [name for name in source.infos if name not in tensors and name not in manifest.aliases]
+    keys = {name: f"{average}.{name}" for name in manifest.tensors} | {name: f"{BESIDE_KEY}.{name}" for name in beside}
+    place = place_of(path)
     try:
-        save_folder(path, state, manifest, None)
+        place.prepare()
+        objects = {MANIFEST_KEY: manifest.to_json()}
+        whole(place, [write_file(place, "__0_0.distcp", _slabs(source, keys), objects)], manifest)
+    except OSError as error:
+        raise CheckpointError(f"saving to {place.incoming!r} failed: {error!r}") from error
     finally:
-        incoming = Path(place_of(path).incoming)
+        incoming = Path(place.incoming)
         if not (incoming / MANIFEST_FILE).exists():  # a whole one is somebody's only copy
             shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _slabs(source: AbstractSource, keys: dict[str, str]) -> Iterator[Piece]:
+    """Each is read when it is written."""
+    for name, key in keys.items():
+        info = source.infos[name]
+        for box in slabs(info):
+            yield Piece(key, info.shape, box, source.read(name, box))

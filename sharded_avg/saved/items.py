@@ -2,26 +2,31 @@
 
 Incoming    values being read: a store of their own, which becomes the averages' only when all of them are there
 items_of    one ShardItem for each averaged shard: where its value is now, and where a value that is read goes
-buffers_of  the same for buffers that are not averaged, which a full state needs; they are only written
-describe    the manifest
+pieces_of   what a folder gets of this rank; `beside_of`: the same of what is not averaged, which a full state needs
+describe    the manifest; `extra_of`: what modules add to it that is no parameter or buffer
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..averages.state import State
+from ..errors import CheckpointError
 from ..ranks import rank_in
 from ..rules.schedule import schedule_settings
-from ..shard import Box, Shard
+from ..shard import Box, Shard, patches
 from ..version import __version__
 from ..weights.members import Members
-from .dcp import ShardItem
-from .manifest import AverageRecord, Manifest, TensorRecord
+from .claims import Piece
+from .dcp import ShardItem, window
+from .manifest import BESIDE_KEY, AverageRecord, Manifest, TensorRecord
+from .plain import encode
 
 
 class Incoming:
@@ -66,26 +71,45 @@ def items_of(
     return items
 
 
-def buffers_of(members: Members) -> dict[str, ShardItem]:
-    """One item for each name of each persistent buffer that is not averaged."""
+def pieces_of(state: State) -> Iterator[Piece]:
+    """What this rank holds of every average that has started, where it lies now."""
+    group = state.group
+    for name, history in state.histories.items():
+        for shard in state.members.averaged if history.n_averaged else ():
+            if _is_written_here(shard, group):
+                yield from _pieces(f"{name}.{shard.name}", shard, state.average_of(name, shard))
+
+
+def beside_of(members: Members) -> Iterator[Piece]:
+    """What this rank holds of all else that a strict load needs: buffers and frozen parameters, under all names."""
     averaged = {shard.name for shard in members.averaged}
-    items = {}
-    for shard in members.all:
-        if shard.is_buffer and shard.name not in averaged:
-            live, written = shard.tensor, _is_written_here(shard, members.layout.group)
-            items[shard.name] = ShardItem(shard.shape, shard.region, shard.dtype, live, live.detach, writes=written)
-    return items | {alias: items[name] for alias, name in members.aliases.items() if name in items}
+    rest = {shard.name: shard for shard in members.all if shard.name not in averaged}
+    rest |= {alias: rest[name] for alias, name in members.aliases.items() if name in rest}
+    for name, shard in rest.items():
+        if _is_written_here(shard, members.layout.group):
+            yield from _pieces(f"{BESIDE_KEY}.{name}", shard, shard.target)
+
+
+def _pieces(key: str, shard: Shard, values: Tensor) -> Iterator[Piece]:
+    shape = tuple(shard.shape)
+    for patch in patches(shard.region, shape):
+        yield Piece(key, shape, patch.box, window(values, patch))
 
 
 def _is_written_here(shard: Shard, group: dist.ProcessGroup | None) -> bool:
-    """Buffers may differ between ranks that each hold all of them: what is saved is rank 0's."""
-    return not shard.is_buffer or shard.region != Box.whole(shard.shape) or rank_in(group) == 0
+    """Buffers may differ between ranks that hold a model together, each with all of them: rank 0's are saved."""
+    return group is None or not shard.is_buffer or shard.region != Box.whole(shard.shape) or rank_in(group) == 0
 
 
 def describe(state: State) -> Manifest:
     """What is saved says this about itself."""
     members = state.members
     dtypes = {shard.name: str(state.store.dtype_of(shard)).removeprefix("torch.") for shard in members.averaged}
+    empty = {
+        shard.name: TensorRecord(shape=list(shard.shape), dtype=str(shard.dtype).removeprefix("torch."))
+        for shard in members.all
+        if 0 in shard.shape
+    }
     averages = {}
     for name, rule in state.rules.items():
         history = state.histories[name]
@@ -94,8 +118,30 @@ def describe(state: State) -> Manifest:
         step=state.step,
         averages=averages,
         tensors={s.name: TensorRecord(shape=list(s.shape), dtype=dtypes[s.name]) for s in members.averaged},
-        aliases={alias: name for alias, name in members.aliases.items() if name in dtypes},
+        aliases={alias: name for alias, name in members.aliases.items() if name in dtypes or name in empty},
+        empty=empty,
         schedule=schedule_settings(state.schedule),
         package=__version__,
         torch=str(torch.__version__),
     )
+
+
+def extra_of(members: Members, *, strictly: bool) -> dict[str, Any]:
+    """What `get_extra_state` of the model's modules gives, as a manifest keeps it.
+
+    What is no plain value would run code when it is read back: it is left out with a warning, or, if a strict load
+    was promised, raises `CheckpointError`.
+    """
+    kept = {}
+    for key, value in members.layout.extra_state().items():
+        try:
+            kept[key] = encode(value)
+        except TypeError as error:
+            what = (
+                f"{key!r} holds {error}, which cannot be kept in a saved average: reading it back would run its class. "
+                "Let get_extra_state return plain values, tensors, or bytes (torch.save into an io.BytesIO)"
+            )
+            if strictly:
+                raise CheckpointError(f"{what}, or save without with_buffers") from None
+            warnings.warn(f"{what}. It was left out", stacklevel=2)
+    return kept

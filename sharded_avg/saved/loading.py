@@ -11,10 +11,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..averages.state import State
-from ..shard import Shard
-from .dcp import ShardItem
+from ..files.dcp_folder import DcpFolder
+from ..shard import Shard, patches
+from .dcp import window
 from .fit import LoadResult
-from .items import Incoming, items_of
+from .items import Incoming
 from .manifest import Manifest
 
 
@@ -38,19 +39,23 @@ class Loading:
             if present.arranged:
                 self.incoming.store.take_from(present, result.missing_averages)
 
-    def items(self) -> dict[str, dict[str, ShardItem]]:
-        """Where torch.distributed.checkpoint puts what it reads."""
-        return {
-            name: items_of(name, self._state.members, self.incoming, present=None, left_out=self._left_out)
-            for name in self.started
-        }
+    def read(self, folder: DcpFolder) -> None:
+        """This rank's pieces, out of a folder of ours."""
+        with folder.kept_open():
+            for name in self.started:
+                for shard in self._wanted():
+                    target = self.incoming.view(name, shard.name)
+                    for patch in patches(shard.region, tuple(shard.shape)):
+                        window(target, patch).copy_(folder.read(f"{name}.{shard.name}", patch.box))
 
     def fill(self, value_of: Callable[[str, Shard], Tensor]) -> None:
         """Copy this rank's pieces: `value_of(average, shard)`, shaped like the shard."""
         for name in self.started:
-            for shard in self._state.members.averaged:
-                if shard.name not in self._left_out:
-                    self.incoming.view(name, shard.name).copy_(value_of(name, shard))
+            for shard in self._wanted():
+                self.incoming.view(name, shard.name).copy_(value_of(name, shard))
+
+    def _wanted(self) -> list[Shard]:
+        return [shard for shard in self._state.members.averaged if shard.name not in self._left_out]
 
     def take_over(self) -> None:
         """Every value is there: from now on the state has these averages."""

@@ -16,9 +16,11 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import CheckpointError, ConfigError
+from ..files.dcp_folder import DcpFolder
+from ..files.stored import StoredFile
 
 MANIFEST_FILE = "manifest.json"
 INCOMING, OUTGOING = ".incoming", ".outgoing"
@@ -29,6 +31,11 @@ class AbstractPlace(ABC):
 
     def __init__(self, path: str) -> None:
         self.path = path.rstrip("/") or path
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """The folder's one name: two paths with one identity are one folder."""
 
     @property
     def incoming(self) -> str:
@@ -88,6 +95,14 @@ class AbstractPlace(ABC):
     @abstractmethod
     def read(self, path: str) -> str: ...
 
+    def opened(self, path: str) -> DcpFolder:
+        """What torch.distributed.checkpoint has in a folder; nothing in it runs. Raises `CheckpointError`."""
+        return DcpFolder(path)
+
+    @abstractmethod
+    def create(self, path: str) -> BinaryIO:
+        """A new file, to write into."""
+
     @abstractmethod
     def write(self, path: str, text: str) -> None:
         """Write a file that appears whole."""
@@ -95,6 +110,13 @@ class AbstractPlace(ABC):
 
 class Disk(AbstractPlace):
     """A folder on a file system that this process has mounted."""
+
+    @property
+    def identity(self) -> str:
+        return os.path.realpath(self.path)
+
+    def create(self, path: str) -> BinaryIO:
+        return open(path, "wb")
 
     def publish(self) -> None:
         if self.exists(self.path):
@@ -130,6 +152,20 @@ class Disk(AbstractPlace):
         os.replace(partial, path)
 
 
+class _RemoteFile(StoredFile):
+    """A file under a URL."""
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        try:
+            super().__init__(path, filesystem.size(path))
+        except OSError as error:
+            raise CheckpointError(f"{path!r} cannot be read: {error}") from error
+        self._fs, self._url = filesystem, path
+
+    def open(self) -> BinaryIO:
+        return self._fs.open(self._url, "rb")  # type: ignore[no-any-return]
+
+
 class Remote(AbstractPlace):
     """A folder under a URL such as s3://bucket/run/average."""
 
@@ -144,6 +180,16 @@ class Remote(AbstractPlace):
                 f"{path!r}: {error}. Paths with :// go through fsspec; install its backend for this protocol, or give "
                 "a path on a mounted disk"
             ) from error
+
+    @property
+    def identity(self) -> str:
+        return self.path
+
+    def create(self, path: str) -> BinaryIO:
+        return self._fs.open(path, "wb")  # type: ignore[no-any-return]
+
+    def opened(self, path: str) -> DcpFolder:
+        return DcpFolder(path, lambda file: _RemoteFile(self._fs, f"{path}/{file}"))
 
     def publish(self) -> None:
         # Until the new manifest stands under the final name, the incoming folder is the whole one.

@@ -11,20 +11,24 @@ the model that was averaged, or a part of it, frozen parameters and buffers come
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError, NotStartedError
 from ..files.dcp_folder import INDEX_FILE, DcpFolder
 from ..files.facts import load_json
-from ..files.source import AbstractSource, Renamed
-from .manifest import BESIDE_KEY, FORMAT, Manifest
+from ..files.source import AbstractSource, Renamed, TensorInfo
+from ..shard import Box, take
+from .manifest import BESIDE_KEY, FORMAT, Manifest, TensorRecord
 from .place import MANIFEST_FILE, place_of
+from .plain import decode
 
 MANIFEST_KEY = "manifest"
+_NOT_FACTS = ("averages", "tensors", "empty", "extra")
 _MAX_DEPTH, _MAX_MANIFEST_BYTES = 2, 1 << 30
 
 
@@ -51,17 +55,23 @@ class SavedAverages:
             )
         names = {tensor: f"{self.prefix}{name}.{tensor}" for tensor in self.manifest.tensors}
         self._check(names)
-        names |= {alias: names[tensor] for alias, tensor in self.manifest.aliases.items()}
+        aliases = self.manifest.aliases
+        names |= {alias: names[tensor] for alias, tensor in aliases.items() if tensor in names}
         beside = self._model_beside() or f"{self.prefix}{BESIDE_KEY}."
         rest = {key.removeprefix(beside): key for key in self.folder.infos if key.startswith(beside)}
-        return Renamed(self.folder, {**rest, **names}, self.facts(name))
+        told = {key: torch.empty(r.shape, dtype=getattr(torch, r.dtype)) for key, r in self.manifest.empty.items()}
+        told |= {alias: told[tensor] for alias, tensor in aliases.items() if tensor in told}
+        try:
+            told |= {key: decode(value) for key, value in self.manifest.extra.items()}
+        except ValueError as error:
+            raise CheckpointError(f"{str(self.folder.path)!r} is damaged: its extra state is {error}") from error
+        return _Told(self.folder, {**rest, **names}, self.facts(name), told)
 
     def facts(self, name: str) -> dict[str, Any]:
         """What the manifest says about one average."""
-        whole = asdict(self.manifest)
-        own = whole.pop("averages")[name]
-        tensors = whole.pop("tensors")
-        return {**whole, **own, "format": FORMAT, "average": name, "averaged": list(tensors)}
+        whole = {field: value for field, value in vars(self.manifest).items() if field not in _NOT_FACTS}
+        own = vars(self.manifest.averages[name])
+        return {**whole, **own, "format": FORMAT, "average": name, "averaged": list(self.manifest.tensors)}
 
     def _resolve(self, name: str | None) -> str:
         names = list(self.manifest.averages)
@@ -97,6 +107,26 @@ class SavedAverages:
             and all((info := infos.get(prefix + key)) and info.shape == shape for key, shape in shapes.items())
         ]
         return fitting[0] if len(fitting) == 1 else ""
+
+
+class _Told(Renamed):
+    """A folder's tensors, and values that its manifest tells: of no elements, or extra state."""
+
+    def __init__(
+        self, folder: DcpFolder, names: Mapping[str, str], facts: Mapping[str, Any], told: Mapping[str, Any]
+    ) -> None:
+        super().__init__(folder, {name: key for name, key in names.items() if name not in told}, facts)
+        self._told = {name: value for name, value in told.items() if isinstance(value, Tensor)}
+        self.infos = {**self.infos} | {
+            name: TensorInfo(tuple(value.shape), value.dtype) for name, value in self._told.items()
+        }
+        self.extra = {name: value for name, value in told.items() if name not in self._told}
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        if name not in self._told:
+            return super().read(name, box)
+        value = self._told[name]
+        return take(value, Box.whole(value.shape) if box is None else box).clone()
 
 
 def saved_averages(path: Path) -> SavedAverages | None:
@@ -139,8 +169,21 @@ def _inside(folder: DcpFolder) -> SavedAverages | None:
     if len(found) > 1:
         raise CheckpointError(f"{str(folder.path)!r} holds several saved averages, under {[key for key, _ in found]}")
     for key, text in found:
-        return SavedAverages(folder, key.removesuffix(MANIFEST_KEY), _manifest(text, str(folder.path)))
+        prefix, manifest = key.removesuffix(MANIFEST_KEY), _manifest(text, str(folder.path))
+        return SavedAverages(folder, prefix, replace(manifest, tensors=_tensors(manifest, folder, prefix)))
     return None
+
+
+def _tensors(manifest: Manifest, folder: DcpFolder, prefix: str) -> dict[str, TensorRecord]:
+    """With what other ranks have saved, if each had a part of the model: one rank's manifest is in the checkpoint."""
+    found = dict(manifest.tensors)
+    for name, average in manifest.averages.items():
+        own = f"{prefix}{name}."
+        for key, info in folder.infos.items() if average.n_averaged else ():
+            if key.startswith(own):
+                record = TensorRecord(shape=list(info.shape), dtype=str(info.dtype).removeprefix("torch."))
+                found.setdefault(key.removeprefix(own), record)
+    return found
 
 
 def _manifest(text: Any, what: str) -> Manifest:
@@ -150,7 +193,7 @@ def _manifest(text: Any, what: str) -> Manifest:
         manifest = Manifest.from_json(text)
     except OverflowError as error:
         raise CheckpointError(f"the manifest of {what!r} cannot be read: {error}") from error
-    for record in manifest.tensors.values():
+    for record in (*manifest.tensors.values(), *manifest.empty.values()):
         if not isinstance(getattr(torch, record.dtype, None), torch.dtype):
             raise CheckpointError(f"the manifest of {what!r} names a dtype that there is not: {record.dtype[:50]!r}")
     return manifest

@@ -184,7 +184,7 @@ def test_async_save_is_of_the_moment_of_the_call(tmp_path):
 @on_ranks(2)
 def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
     """P88, P96: all ranks raise, and the average of before is still there."""
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from sharded_avg.saved import folder
 
     engine, average = start("fsdp2")
     engine.learn_steps(0, 1)
@@ -193,21 +193,21 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
     expected = averaged(average, engine)
     engine.learn_steps(1, 2)
     average.update()
-    write_data = FileSystemWriter.write_data
+    write = folder.write_pieces
 
     def full_disk(*arguments: object) -> object:
         if dist.get_rank() == 1:
             raise OSError("No space left on device")
-        return write_data(*arguments)
+        return write(*arguments)
 
-    FileSystemWriter.write_data = full_disk
+    folder.write_pieces = full_disk
     try:
         started = datetime.datetime.now()
         with pytest.raises(CheckpointError, match=r"rank 1.*No space left"):
             average.save(tmp_path / "average")
         assert (datetime.datetime.now() - started).total_seconds() < 20
     finally:
-        FileSystemWriter.write_data = write_data
+        folder.write_pieces = write
     _, fresh = start("fsdp2")
     fresh.load(tmp_path / "average")
     assert_same(averaged(fresh, engine), expected, "after a failed save")

@@ -22,7 +22,7 @@ from sharded_avg.files.source import AbstractSource, TensorInfo, slabs
 from sharded_avg.files.torch_file import TorchFile
 from sharded_avg.formats.open import open_source
 from sharded_avg.saved import from_source
-from sharded_avg.saved.from_source import SourceItem
+from sharded_avg.saved.manifest import AverageRecord, Manifest
 from sharded_avg.shard import Box, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
@@ -148,9 +148,9 @@ def test_dcp_folder_of_many_pieces(tmp_path, monkeypatch, piece_bytes):
     """Each tensor is stored in Boxes of at most 6 bytes to 6 floats, as if as many ranks had written it."""
     monkeypatch.setattr(from_source, "slabs", lambda info: slabs(info, max_bytes=24))
     expected = {name: tensor for name, tensor in tensors().items() if tensor.numel()}
-    source = Cut(expected)
-    dcp.save({name: SourceItem(source, name) for name in expected}, checkpoint_id=tmp_path / "x")
-    assert_reads(DcpFolder(tmp_path / "x"), expected)
+    average = AverageRecord(rule={}, n_averaged=1)
+    from_source.write_folder(Cut(expected), tmp_path / "x", Manifest(step=1, averages={"a": average}, tensors={}))
+    assert_reads(DcpFolder(tmp_path / "x"), {f"beside.{name}": tensor for name, tensor in expected.items()})
 
 
 # -- averages ------------------------------------------------------------------------------------------------------

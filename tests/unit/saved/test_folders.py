@@ -12,10 +12,10 @@ import fsspec
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.averages.history import History
+from sharded_avg.saved import folder
 from sharded_avg.saved.place import Disk, Remote, place_of
 
 # DCP says so from its background thread when there is no process group.
@@ -204,8 +204,8 @@ class TestAsyncSave:
         """P23: updates and swaps while the bytes travel do not reach the file."""
         average = average_of(1.0, 3.0)
         gate = threading.Event()
-        write_data = FileSystemWriter.write_data
-        monkeypatch.setattr(FileSystemWriter, "write_data", lambda *a: (gate.wait(30), write_data(*a))[1])
+        write = folder.write_pieces
+        monkeypatch.setattr(folder, "write_pieces", lambda *a: (gate.wait(30), write(*a))[1])
         pending = average.async_save(path)
         assert not pending.done()
         step(average, average.net, 100.0)
@@ -238,7 +238,7 @@ class TestAsyncSave:
         def full(*_: object) -> None:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(FileSystemWriter, "write_data", full)
+        monkeypatch.setattr(folder, "write_pieces", full)
         pending = average_of(1.0).async_save(tmp_path / "average")
         with pytest.raises(CheckpointError, match="No space left"):
             pending.result()
