@@ -1,4 +1,4 @@
-"""Ranks that hold other things under other names, or under the same: saved together, each for itself, or refused.
+"""R02, R03: ranks that hold other things, or the same: saved together, each for itself, or refused.
 
 Nothing of a model that some rank holds is lost without a word, and no rank waits for one that cannot go on.
 """
