@@ -22,7 +22,7 @@ from ..formats.open import StrPath
 from ..saved.from_source import write_folder
 from ..saved.manifest import AverageRecord, Manifest, TensorRecord
 from ..version import __version__
-from .progress import Report
+from .progress import Report, say
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 _EXPORTED_FACTS = ("average", "n_averaged", "step", "rule", "updates", "provenance", "aliases")
@@ -76,6 +76,9 @@ class Target:
         else:
             limit = self.max_file_bytes if self._one_file or self.max_file_bytes is not None else 1 << 62
             write_safetensors(source, self.path, exported_facts(facts), max_file_bytes=limit)
+        if source.extra and self.format != "folder":
+            names = ", ".join(source.extra)
+            say(f"left out, as it is no tensor: {names}; load_averaged_state_dict of the source has it")
 
 
 def _reported(source: AbstractSource, report: Report) -> AbstractSource:

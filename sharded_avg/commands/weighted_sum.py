@@ -73,6 +73,7 @@ class WeightedSum(AbstractSource):
         self._accumulate = accumulate
         self.infos = {name: _sum_info([s.infos[name] for s in sources], name) for name in sources[0].infos}
         self.facts = {"format": "merge", "aliases": sources[0].facts.get("aliases", {})}
+        self.extra = sources[-1].extra
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         dtype = self.infos[name].dtype

@@ -1,4 +1,4 @@
-"""How the golden folders were made: `torchrun --standalone --nproc_per_node=2 tests/golden/make.py v1`.
+"""How the golden folders were made: `torchrun --standalone --nproc_per_node=2 tests/golden/make.py v1_1`.
 
 Never run it again for a version that exists: what it wrote then must load for ever.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,25 @@ class Golden(nn.Module):
             tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 16 + 16 * index + 128 * step)
 
 
+class Fuller(Golden):
+    """With what version 1 tells since `empty` and `extra` were added: of no elements, frozen, extra state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.empty(0, 3))
+        self.frozen = nn.Linear(2, 3)
+        self.frozen.requires_grad_(False)
+        self.register_buffer("count", torch.tensor(7))
+        self.told: Any = None
+
+    def get_extra_state(self) -> Any:
+        return {"bytes": b"\x00\xff", "tensor": torch.arange(5, dtype=torch.uint8), (1, 2): [2.5, None]}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.told = state
+
+
+MODELS = {"v1": Golden, "v1_1": Fuller}
 RULES = {"ema": EMA(decay=0.5, warmup=True), "mean": SWA()}
 SCHEDULE = Schedule(start_step=2, every_steps=2)
 NUM_STEPS = 5  # updates at 2 and 4
@@ -43,12 +63,13 @@ NUM_STEPS = 5  # updates at 2 and 4
 def main() -> None:
     """Write the folder that the command line names."""
     dist.init_process_group("gloo")
-    model = Golden()
+    version = sys.argv[1]
+    model = MODELS[version]()
     average = ShardedAverage(DistributedDataParallel(model), RULES, buffers="average", schedule=SCHEDULE)
     for step in range(1, NUM_STEPS + 1):
         model.set(step)
         average.update()
-    average.save(Path(__file__).parent / sys.argv[1])
+    average.save(Path(__file__).parent / version, with_buffers=version != "v1")
     leave()
 
 

@@ -239,8 +239,8 @@ def test_r09_plain_values_are_json():
     assert pickle.loads(pickle.dumps(PLAIN)) == decode(json.loads(json.dumps(encode(PLAIN), allow_nan=False)))
 
 
-def test_r09_converted_and_consolidated(tmp_path):
-    """Into our own format, all of it; into a file, what are tensors."""
+def test_r09_converted_and_consolidated(tmp_path, capsys):
+    """Into our own format, all of it; into a file, what are tensors, and a word about the rest."""
     average = started(nn.Sequential(Stateful(torch.arange(5)), Stateful({"a": 1})))
     average.save(tmp_path / "run", with_buffers=True)
     expected = load_averaged_state_dict(tmp_path / "run")
@@ -251,7 +251,9 @@ def test_r09_converted_and_consolidated(tmp_path):
         assert found.keys() == expected.keys() - {"1._extra_state"}
         assert found["0.none"].shape == (0, 3)
         assert torch.equal(found["0._extra_state"], torch.arange(5))
+        assert "left out, as it is no tensor: 1._extra_state" in capsys.readouterr().err
     assert main(["merge", run, run, merged_path, "--weights", "1,0"]) == 0
     merged = load_averaged_state_dict(merged_path)
     assert merged["0.none"].shape == (0, 3)
-    nn.Sequential(Stateful(None), Stateful(None)).load_state_dict({**expected, **merged}, strict=True)
+    assert merged["1._extra_state"] == {"a": 1}
+    nn.Sequential(Stateful(None), Stateful(None)).load_state_dict(merged, strict=True)
