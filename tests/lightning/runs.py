@@ -27,7 +27,7 @@ from tests.helpers.pool import run_on_ranks
 from .modules import Tiny, TinyHooks, of_package
 from .strategies import LIGHTNING, STRATEGIES
 
-SPAWNING_S = 120.0
+SPAWNING_S = 280.0  # on an idle machine 20 s
 QUIET = {
     "enable_progress_bar": False,
     "enable_model_summary": False,

@@ -23,6 +23,7 @@ from sharded_avg import ShardedAverage
 from sharded_avg.exchange import handover, ways
 from sharded_avg.lightning.weights import Weights
 from sharded_avg.weights import aside as replaced
+from tests.helpers.further import further
 
 from .modules import NUM_BATCHES
 from .reference import NUM_STEPS, assert_same, average_after, plain_average
@@ -114,15 +115,19 @@ def undisturbed(folder: Path) -> tuple[Disturbed, dict[tuple[Any, ...], int]]:
     return whole, {line: whole.lines.seen.index(line) for line in whole.lines.seen}
 
 
+some_or_all = pytest.mark.parametrize("every", [pytest.param(3, id="each third"), further(1, id="each")])
+
+
 def interrupt(_: Disturbed) -> None:
     raise KeyboardInterrupt
 
 
 @pytest.mark.own_processes
-def test_interrupted_at_any_line(tmp_path: Path) -> None:
+@some_or_all
+def test_interrupted_at_any_line(every: int, tmp_path: Path) -> None:
     """P18: after Ctrl-C at each line that moves weights, what is saved then, and once more later, has both copies."""
     _, lines = undisturbed(tmp_path)
-    for line, at in lines.items():
+    for line, at in list(lines.items())[::every]:
         folder = tmp_path / str(at)
         run = Disturbed(folder, at, interrupt)
         try:
@@ -144,10 +149,11 @@ def test_interrupted_at_any_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.own_processes
-def test_signal_at_any_line(tmp_path: Path) -> None:
+@some_or_all
+def test_signal_at_any_line(every: int, tmp_path: Path) -> None:
     """As before a SLURM requeue, a handler saves: it has both copies, and the run goes on as if nothing had been."""
     whole, lines = undisturbed(tmp_path)
-    for line, at in lines.items():
+    for line, at in list(lines.items())[::every]:
         folder = tmp_path / str(at)
         run = Disturbed(folder, at, lambda _: signal.raise_signal(signal.SIGUSR1))
         listening = signal.signal(signal.SIGUSR1, lambda *_, run=run: run.save("requeue"))

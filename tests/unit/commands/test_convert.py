@@ -18,6 +18,7 @@ from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, 
 from sharded_avg.commands.cli import main
 from sharded_avg.commands.conversion import Conversion, read_names
 from tests.helpers.foreign import BUILDERS, NAMES, SHAPES, Sample, State
+from tests.helpers.further import further
 from tests.unit.formats.models import Named, Net, equal, full
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
@@ -201,13 +202,14 @@ MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 from sharded_avg.commands.conversion import Conversion
+from tests.helpers.further import further
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 Conversion(src=Path(sys.argv[1]), out=Path(sys.argv[2]), to=sys.argv[3]).run()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("to", ["sharded_avg", "averaged_model"])
+@pytest.mark.parametrize("to", ["sharded_avg", further("averaged_model")])
 def test_memory_is_that_of_slabs(to: str, tmp_path: Path) -> None:
     """512 MiB of weights in two tensors pass through, in less than half of that beside what importing torch takes."""
     values = {"n_averaged": torch.tensor(1), "module.a": torch.zeros(64 << 20), "module.b": torch.zeros(64 << 20)}
