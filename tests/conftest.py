@@ -41,7 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave further rows to `--all`; under torchrun, skip what starts processes of its own."""
     for item in items:
         if pool.under_torchrun() and item.get_closest_marker("own_processes"):
-            item.add_marker(pytest.mark.skip(reason="starts processes of its own: run it without torchrun"))
+            item.add_marker(
+                pytest.mark.skip(reason="runs in, or starts, processes of its own: run it without torchrun")
+            )
     if config.getoption("all") or any("::" in argument for argument in config.args):
         return
     left_out = is_further(items)

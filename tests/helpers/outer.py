@@ -7,6 +7,7 @@ all ranks or on none; after a failure they make a new process group, since the o
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import pickle
 import sys
@@ -115,5 +116,8 @@ def _compare(outcomes: list[tuple[str, Any]]) -> list[Any]:
 def _replace_group() -> None:
     global _group_number
     dist.destroy_process_group()
+    if "deepspeed" in sys.modules:  # which keeps groups of the old one
+        importlib.reload(sys.modules["deepspeed.utils.groups"])
+        sys.modules["deepspeed.comm.comm"].cdb = None  # type: ignore[attr-defined]
     _group_number += 1
     _join()

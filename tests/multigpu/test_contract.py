@@ -104,6 +104,7 @@ def check_contract(row: Row) -> None:
     assert_equal(train(row, SWAPPED, validating=True), without, "weights after training with validations")
 
 
+@pytest.mark.own_processes
 @every_row
 def test_average_is_the_slow_references(row: str, world_size: int) -> None:
     """P58, P59, P74, P76, P80, P83, P87, P105: cut anywhere, the average has the bits of one that was never cut.
@@ -122,6 +123,7 @@ def mean_of_all(averaged: Any, current: Any, num_averaged: Tensor) -> None:
     get_swa_multi_avg_fn()(averaged, current, int(num_averaged))
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize(("rule", "theirs"), [(EMA(decay=0.9), get_ema_multi_avg_fn(0.9)), (SWA(), mean_of_all)])
 def test_one_process_does_what_torch_does(rule: Any, theirs: Any) -> None:
     """A second reference: torch.optim.swa_utils.AveragedModel."""

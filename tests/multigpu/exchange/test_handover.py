@@ -146,6 +146,7 @@ def test_on_every_engine(row: str, world_size: int) -> None:
     run_row(row, world_size, check_all)
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_one_process(check: Any) -> None:
     check(ONE_PROCESS)

@@ -58,6 +58,7 @@ def check_forward(row: Row) -> None:
     assert torch.equal(after, raw)
 
 
+@pytest.mark.own_processes
 @every_engine
 def test_forward_computes_with_the_average(row: str, world_size: int) -> None:
     """P60, P62, P73, P86, P90: inside, what a plain model loaded with the average computes; afterwards, raw."""
@@ -230,6 +231,7 @@ def check_refusals(row: Row) -> None:
     assert average.n_averaged == 1
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize("row", ["ddp", "fsdp1-full-views", "fsdp2"])
 @on_ranks(2)
 def test_what_cannot_be_done_inside(row: str) -> None:
@@ -288,6 +290,7 @@ def test_failure_of_one_rank_does_not_hang(row: str, world_size: int) -> None:
 # --- scratch, buffers, precision -----------------------------------------------------------------------------------
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize("cache_bytes", [ways.CACHE_BYTES, ways.SCRATCH_BYTES], ids=["cpu", "gpu"])
 def test_scratch_is_bounded(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 MiB are exchanged through 64 MiB at most."""
@@ -310,6 +313,7 @@ class Normed(nn.Module):
         return self.norm(self.mix(x))
 
 
+@pytest.mark.own_processes
 def step(model: nn.Module, number: int) -> None:
     dtype = next(model.parameters()).dtype
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -343,6 +347,7 @@ def test_averaged_buffers_are_restored() -> None:
         assert all(torch.equal(full[name], before[name]) for name in before if "tracked" not in name)
 
 
+@pytest.mark.own_processes
 @pytest.mark.parametrize("dtype", [torch.float32, None])
 def test_validation_does_not_round_the_average(dtype: torch.dtype | None) -> None:
     """L12: a bf16 model with an fp32 average; and with one in bf16, which is exchanged in place."""

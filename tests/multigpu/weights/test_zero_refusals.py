@@ -147,6 +147,7 @@ def test_refusals(engine: Any, reason: str) -> None:
     assert isinstance(caught.value, ShardedAvgError)
 
 
+@pytest.mark.own_processes
 def test_claims_engines_only() -> None:
     assert ZeroLayout.claims(Engine())
     assert ZeroLayout.claims(of_deepspeed("PipelineEngine", Engine)())
