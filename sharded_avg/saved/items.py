@@ -83,7 +83,7 @@ def pieces_of(state: State) -> Iterator[Piece]:
 def beside_of(members: Members) -> Iterator[Piece]:
     """What this rank holds of all else that a strict load needs: buffers and frozen parameters, under all names."""
     averaged = {shard.name for shard in members.averaged}
-    rest = {shard.name: shard for shard in members.all if shard.name not in averaged}
+    rest = {s.name: s for s in members.all if s.name not in averaged and s.name not in members.keyless}
     rest |= {alias: rest[name] for alias, name in members.aliases.items() if name in rest}
     for name, shard in rest.items():
         if _is_written_here(shard, members.layout.group):
@@ -133,7 +133,7 @@ def extra_of(members: Members, *, strictly: bool) -> dict[str, Any]:
     was promised, raises `CheckpointError`.
     """
     kept = {}
-    for key, value in members.layout.extra_state().items():
+    for key, value in members.extra_state().items():
         try:
             kept[key] = encode(value)
         except TypeError as error:

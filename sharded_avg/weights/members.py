@@ -57,6 +57,8 @@ class Members:
         self.lost: dict[str, str] = {}  # averaged name -> what became of it
         self.waiting: list[str] = []
         self.moved: dict[str, str] = {}  # averaged name -> its name now; cleared by who holds values by name
+        self.keyless: frozenset[str] = frozenset()  # names that `state_dict()` has no key for
+        self._extra_keys: tuple[str, ...] | None = None
         self._first: dict[str, str] = {}  # a Shard's own name -> what `state_dict()` calls it; see `_find_keys`
         self.layout.release()
         shards = self.layout.shards()
@@ -85,6 +87,7 @@ class Members:
     def _name(self, shards: list[Shard], averaged: list[Shard]) -> None:
         """Set `all` and `averaged`, under the names that `state_dict()` gives them."""
         self._own_aliases = dict(self.layout.aliases)
+        self.keyless, self._extra_keys = frozenset[str](), None
         first, self.aliases = self._find_keys(shards)
         if first:
             shards = [replace(shard, name=first.get(shard.name, shard.name)) for shard in shards]
@@ -107,6 +110,8 @@ class Members:
                 stacklevel=6,
             )
             return {}, own_aliases
+        # What `state_dict()` has no key for, a load does not ask for; but a tensor made anew may have been made of it.
+        self.keyless, self._extra_keys = frozenset() if keys.made else frozenset(keys.absent), keys.extra
         lacking = [name for name in keys.absent if name in self._names]
         if lacking and keys.made:
             warnings.warn(
@@ -246,6 +251,12 @@ class Members:
     def dismiss(self) -> None:
         """Undo the last `admit`: there was no room for the newcomers. They wait again."""
         self._names, self.waiting, self.all, self.averaged, self._cuts, self._held = self._before
+
+    def extra_state(self) -> dict[str, Any]:
+        """What `get_extra_state` of the modules gives, under the keys that `state_dict()` has it under. Local."""
+        own = self.layout.extra_state()
+        keys = self._extra_keys
+        return own if keys is None or len(keys) != len(own) else dict(zip(keys, own.values(), strict=True))
 
     def state(self, full: Mapping[str, Tensor]) -> dict[str, Any]:
         """`state_dict()` of the unwrapped model with these full tensors, which are by the names of `all`. Local."""

@@ -36,6 +36,9 @@ class Keys:
     aliases: Mapping[str, str] = field(default_factory=dict)  # its further keys -> the first
     absent: tuple[str, ...] = ()  # Shards that have no key of their own: they keep their name
     made: tuple[str, ...] = ()  # keys of tensors that are no parameter or buffer
+    extra: tuple[str, ...] | None = (
+        None  # keys of what `get_extra_state` gives, in order; `None` as the modules have them
+    )
 
 
 def is_rewritten(model: nn.Module) -> bool:
@@ -143,13 +146,15 @@ def find_keys(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: dict[str, list[str]] = {shard.name: [] for shard in shards}
-    made = []
+    made, extra = [], []
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {shard.name: torch.empty(shard.shape, dtype=shard.dtype) for shard in shards} | dict(kept)
         name_at = {place(fake): name for name, fake in fakes.items()}
         state = state_dict_with(model, {name: fakes[aliases.get(name, name)] for name in order})
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if key.rpartition(".")[2] == "_extra_state":
+                extra.append(key)
+            elif isinstance(value, Tensor):
                 own = aliases.get(key, key)  # a copy, in another dtype perhaps, is known by its name
                 same = own in fakes and fakes[own].shape == value.shape
                 name = name_at.get(place(value), own if same else None)
@@ -157,6 +162,6 @@ def find_keys(
     absent = tuple(name for name, keys in found.items() if not keys)
     main = {name: name if name in keys or not keys else keys[0] for name, keys in found.items()}
     if len(set(main.values())) < len(main):  # one tensor under the name of another that is left out
-        return Keys(aliases=aliases, absent=absent, made=tuple(state))
+        return Keys(aliases=aliases, absent=absent, made=tuple(state), extra=tuple(extra))
     further = {key: main[name] for name, keys in found.items() for key in keys if key != main[name]}
-    return Keys({name: key for name, key in main.items() if key != name}, further, absent, tuple(made))
+    return Keys({name: key for name, key in main.items() if key != name}, further, absent, tuple(made), tuple(extra))

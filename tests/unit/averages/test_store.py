@@ -278,7 +278,8 @@ def test_an_update_leaves_memory_as_it_is(make: Callable[[], nn.Module]) -> None
         average.update()
     # The first profile of a process may import and start more of torch; with a GPU, its runtime too.
     for _ in range(2):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
             average.update()
     taken = {event.key: event.self_cpu_memory_usage for event in profile.key_averages()}
     assert sum(size for size in taken.values() if size > 0) == 0, taken
