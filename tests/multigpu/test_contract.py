@@ -104,7 +104,6 @@ def check_contract(row: Row) -> None:
     assert_equal(train(row, SWAPPED, validating=True), without, "weights after training with validations")
 
 
-@pytest.mark.own_processes
 @every_row
 def test_average_is_the_slow_references(row: str, world_size: int) -> None:
     """P58, P59, P74, P76, P80, P83, P87, P105: cut anywhere, the average has the bits of one that was never cut.
@@ -114,6 +113,7 @@ def test_average_is_the_slow_references(row: str, world_size: int) -> None:
     run_row(row, world_size, check_contract)
 
 
+@pytest.mark.own_processes
 def test_one_process() -> None:
     check_contract(ONE_PROCESS)
 

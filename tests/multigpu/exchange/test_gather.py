@@ -111,13 +111,13 @@ def check_reading(row: Row) -> None:
     assert same(snapshot(engine, average), before), "what is handed out is a copy"
 
 
-@pytest.mark.own_processes
 @every_engine
 def test_full_state(row: str, world_size: int) -> None:
     """P36, P54, P63, P64, P65, P80, P84, P105: keys and values of the plain model, nothing shared with the live one."""
     run_row(row, world_size, check_reading)
 
 
+@pytest.mark.own_processes
 def test_full_state_in_one_process() -> None:
     check_reading(ONE_PROCESS)
 
@@ -241,13 +241,13 @@ def check_writing(row: Row) -> None:
     assert equal(engine.full(), live), "the model is left alone"
 
 
-@pytest.mark.own_processes
 @every_engine
 def test_edits_are_written_back(row: str, world_size: int) -> None:
     """From rank 0, or from each rank its own part; from all ranks or from none."""
     run_row(row, world_size, check_writing)
 
 
+@pytest.mark.own_processes
 def test_edits_are_written_back_in_one_process() -> None:
     check_writing(ONE_PROCESS)
 
@@ -284,12 +284,12 @@ def check_copy(row: Row) -> None:
         assert float((tensor.float() - full[name]).abs().max()) < FAR / 4, f"{name}: not stepped from the average"
 
 
-@pytest.mark.own_processes
 @every_engine
 def test_copy_to_model(row: str, world_size: int) -> None:
     """P26, P84: the averaged weights are the model's own, masters included, and the next step goes on from them."""
     run_row(row, world_size, check_copy)
 
 
+@pytest.mark.own_processes
 def test_copy_to_model_in_one_process() -> None:
     check_copy(ONE_PROCESS)

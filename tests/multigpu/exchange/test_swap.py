@@ -58,13 +58,13 @@ def check_forward(row: Row) -> None:
     assert torch.equal(after, raw)
 
 
-@pytest.mark.own_processes
 @every_engine
 def test_forward_computes_with_the_average(row: str, world_size: int) -> None:
     """P60, P62, P73, P86, P90: inside, what a plain model loaded with the average computes; afterwards, raw."""
     run_row(row, world_size, check_forward)
 
 
+@pytest.mark.own_processes
 def test_forward_in_one_process() -> None:
     check_forward(ONE_PROCESS)
 
@@ -231,7 +231,6 @@ def check_refusals(row: Row) -> None:
     assert average.n_averaged == 1
 
 
-@pytest.mark.own_processes
 @pytest.mark.parametrize("row", ["ddp", "fsdp1-full-views", "fsdp2"])
 @on_ranks(2)
 def test_what_cannot_be_done_inside(row: str) -> None:
@@ -239,6 +238,7 @@ def test_what_cannot_be_done_inside(row: str) -> None:
     check_refusals(ENGINES[row])
 
 
+@pytest.mark.own_processes
 def test_what_cannot_be_done_inside_one_process() -> None:
     check_refusals(ONE_PROCESS)
 
@@ -313,7 +313,6 @@ class Normed(nn.Module):
         return self.norm(self.mix(x))
 
 
-@pytest.mark.own_processes
 def step(model: nn.Module, number: int) -> None:
     dtype = next(model.parameters()).dtype
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -322,6 +321,7 @@ def step(model: nn.Module, number: int) -> None:
     optimizer.zero_grad()
 
 
+@pytest.mark.own_processes
 def test_averaged_buffers_are_restored() -> None:
     """P40, P47, P90: a train-mode forward inside changes BatchNorm's buffers, and neither raw ones nor averages."""
     model = Normed()

@@ -147,7 +147,6 @@ def test_refusals(engine: Any, reason: str) -> None:
     assert isinstance(caught.value, ShardedAvgError)
 
 
-@pytest.mark.own_processes
 def test_claims_engines_only() -> None:
     assert ZeroLayout.claims(Engine())
     assert ZeroLayout.claims(of_deepspeed("PipelineEngine", Engine)())
@@ -156,6 +155,7 @@ def test_claims_engines_only() -> None:
     assert not looks_like_zero(nn.Linear(2, 2))
 
 
+@pytest.mark.own_processes
 def test_deepspeed_is_not_imported() -> None:
     code = "import sys, sharded_avg.weights.layouts.zero; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
