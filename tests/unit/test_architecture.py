@@ -201,6 +201,20 @@ def test_no_room_reaches_into_anothers_underscore_names(module: str) -> None:
     assert not imported + reached
 
 
+def test_the_design_page_says_who_uses_whom() -> None:
+    """The table of rooms in docs/design.md, against the imports."""
+    rows = re.findall(
+        r"^\| `(\w+)(?:\.py|/)` \|.*\| ([^|]+) \|$", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE
+    )
+    told = {room: set(re.findall(r"\w+", uses)) for room, uses in rows}
+    found: dict[str, set[str]] = {room: set() for room in FLOORS}
+    for module in modules():
+        room = module.partition(".")[0]
+        found[room] |= {imported.partition(".")[0] or "__init__" for imported in own_imports(module)} - {room}
+    silent = {"", "__main__"}  # the public names come from everywhere
+    assert told == {room: uses - {"version"} for room, uses in found.items() if room not in {*silent, "version"}}
+
+
 def test_import_needs_no_engine() -> None:
     code = (
         "import sys, sharded_avg\n"
