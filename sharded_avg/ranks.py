@@ -28,7 +28,7 @@ from .errors import LayoutChangedError, PeerError
 RENDEZVOUS_GRACE_S = 30.0  # how long a rank that failed waits for the others before it shows its error
 PATIENCE_S = 1800.0  # one that did not: others may still be evaluating
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.0005, 0.02
-_ALL_HERE, _GAVE_UP = b"all here", b"gave up"
+_ALL_HERE, _GAVE_UP = "all here", "gave up"
 _rendezvous_calls: Counter[str] = Counter()  # by group: ranks count the calls of one group alike
 
 
@@ -70,8 +70,14 @@ def comm_device(group: dist.ProcessGroup | None, prefer: torch.device | None = N
         return prefer
     if "cpu:" in backends or dist.get_backend(group) == "gloo":
         return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator() or torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+    return accelerator() or torch.device("cpu")
+
+
+def accelerator() -> torch.device | None:
+    """The device of the accelerator that this process uses; `None` where torch was built for one and none is there."""
+    if not torch.accelerator.is_available() or (current := torch.accelerator.current_accelerator()) is None:
+        return None
+    return torch.device(current.type, torch.accelerator.current_device_index())
 
 
 @contextmanager
@@ -139,22 +145,23 @@ def rendezvous(group: dist.ProcessGroup | None, *, grace_s: float) -> bool:
     group_name = group.group_name if group is not None else "world"
     _rendezvous_calls[group_name] += 1
     key = f"sharded_avg/rendezvous/{group_name}/{_rendezvous_calls[group_name]}"
-    if store.add(f"{key}/arrived", 1) == size_of(group):
-        return _decide(store, key, _ALL_HERE)
-    deadline, pause_s = time.monotonic() + grace_s, _SHORTEST_PAUSE_S
-    while not store.check([f"{key}/verdict"]):
-        if time.monotonic() >= deadline:
-            return _decide(store, key, _GAVE_UP)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-    return bool(store.get(f"{key}/verdict") == _ALL_HERE)
-
-
-def _decide(store: Any, key: str, verdict: bytes) -> bool:
-    """Whether all ranks met: what the first rank says that has something to say."""
-    if store.add(f"{key}/claims", 1) == 1:
-        store.set(f"{key}/verdict", verdict)
-    return bool(store.get(f"{key}/verdict") == _ALL_HERE)
+    verdict = _GAVE_UP  # also of a rank that is interrupted: a late one must not wait for it in a collective
+    try:
+        if store.add(f"{key}/arrived", 1) == size_of(group):
+            verdict = _ALL_HERE
+        else:
+            deadline, pause_s = time.monotonic() + grace_s, _SHORTEST_PAUSE_S
+            while not store.check([f"{key}/verdict"]) and time.monotonic() < deadline:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    finally:
+        if store.add(f"{key}/claims", 1) == 1:  # the first that has something to say decides
+            store.set(f"{key}/verdict", verdict)
+    all_are_here = bool(store.get(f"{key}/verdict").decode() == _ALL_HERE)
+    if store.add(f"{key}/left", 1) == size_of(group):
+        for name in ("arrived", "claims", "verdict", "left"):
+            store.delete_key(f"{key}/{name}")
+    return all_are_here
 
 
 def gather_objects(group: dist.ProcessGroup | None, value: Any) -> list[Any]:

@@ -98,31 +98,36 @@ def flatten(row: Row) -> Row:
 
 
 def _continues(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors of which one ends where the other starts can be one."""
     return (
         left.ndim == right.ndim == 1
         and left.dtype == right.dtype
         and left.device == right.device
         and left.is_contiguous()
         and right.is_contiguous()
-        and left.data_ptr() + left.nbytes == right.data_ptr()
         and left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
     )
 
 
 def coalesce(rows: Sequence[Row]) -> list[Row]:
     """Join neighbouring rows whose tensors all lie one after the other in memory; empty rows vanish."""
+    flat = [row for row in map(flatten, rows) if row[0].numel()]
+    # Addresses first, for neighbours in memory are rare where rows are many and small.
+    starts = [[tensor.data_ptr() for tensor in row] for row in flat]
+    ends = [[start + t.nbytes for start, t in zip(at, row, strict=True)] for at, row in zip(starts, flat, strict=True)]
     groups: list[list[Row]] = []
-    for row in map(flatten, rows):
-        if not row[0].numel():
-            continue
-        if groups and all(_continues(a, b) for a, b in zip(groups[-1][-1], row, strict=True)):
+    for index, row in enumerate(flat):
+        touches = index and ends[index - 1] == starts[index]
+        if touches and all(_continues(a, b) for a, b in zip(flat[index - 1], row, strict=True)):
             groups[-1].append(row)
         else:
             groups.append([row])
     joined = []
     for group in groups:
-        numel = sum(row[0].numel() for row in group)
-        joined.append(group[0] if len(group) == 1 else tuple(t.as_strided((numel,), (1,)) for t in group[0]))
+        if len(group) > 1:
+            numel = sum(row[0].numel() for row in group)
+            group[0] = tuple(t.as_strided((numel,), (1,)) for t in group[0])
+        joined.append(group[0])
     return joined
 
 
@@ -143,12 +148,15 @@ def pack(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
     """Group rows into lists of at most `limit` elements together, cutting long rows."""
     batch: list[Row] = []
     size = 0
-    for row in (piece for whole in rows for piece in split(whole, limit)):
-        if size + row[0].numel() > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(row)
-        size += row[0].numel()
+    for whole in rows:
+        numel = whole[0].numel()
+        for row in (whole,) if numel <= limit else split(whole, limit):
+            numel = row[0].numel()
+            if size + numel > limit:
+                yield batch
+                batch, size = [], 0
+            batch.append(row)
+            size += numel
     if batch:
         yield batch
 

@@ -4,14 +4,11 @@ A State is everything that a ShardedAverage knows: the members of a model, the r
 the averaged shards, and which steps each average has taken in. Updating is its own; swapping, handing out, saving and
 loading are functions elsewhere that take a State as an argument. `replace` is the one way in which averages that come
 from elsewhere take the place of those that are here.
-
-    Pair   what one shard exchanges: the live tensor that forward reads, and its average
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
@@ -30,21 +27,6 @@ from .store import Store
 swapped_models: WeakSet[nn.Module] = WeakSet()  # of any State: a model may have several
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """What one shard exchanges. All tensors have one shape."""
-
-    target: Tensor  # the live tensor that forward reads
-    average: Tensor
-    master: Tensor | None = None  # the engine's copy that `target` was cast from
-    volatile: bool = False  # forward may change it (buffers)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether, while swapped, the average lies in `target` and not in `average`."""
-        return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
-
-
 class State:
     """The averages of some members, and how far they have come."""
 
@@ -53,6 +35,7 @@ class State:
         self.histories = dict.fromkeys(rules, History())
         self.step = 0  # optimizer steps seen
         self.swapped: str | None = None  # the average that is in the model now
+        self.lent: dict[str, Tensor] = {}  # while swapped: where averages lie that are not in the store
         self._arranged_for: list[Shard] | None = None  # what the members were when the store was arranged
 
     @property
@@ -103,7 +86,7 @@ class State:
         self.members.refresh()
         self._follow()
         joined = admit and self.members.admit()
-        if self._arranged_for is self.members.all:
+        if self._arranged_for is self.members.all or self.swapped is not None:  # the store holds raw weights then
             return
         try:
             self.store.arrange(self.members.averaged)
@@ -116,6 +99,8 @@ class State:
     def _follow(self) -> None:
         for old, new in self.members.moved.items():
             self.store.rename(old, new)
+            if old in self.lent:
+                self.lent[new] = self.lent.pop(old)
         self.members.moved.clear()
 
     def replace(self, store: Store, histories: Mapping[str, History], step: int) -> None:
@@ -125,20 +110,10 @@ class State:
         self.histories |= {name: history for name, history in histories.items() if name in self.rules}
         self.step = step
 
-    def pair(self, name: str, shard: Shard) -> Pair:
-        """What one averaged shard exchanges with the average called `name`."""
-        master = None if shard.working is None else shard.tensor
-        return Pair(shard.target, self.store.view(name, shard.name), master, volatile=shard.is_buffer)
-
-    def pairs(self, name: str) -> list[Pair]:
-        """Those of all averaged shards, wherever their live tensors are now; always in one order."""
-        self.arrange()
-        return [self.pair(name, shard) for shard in self.members.averaged]
-
     def average_of(self, name: str, shard: Shard) -> Tensor:
-        """Where the average of a shard lies now: while swapped, perhaps in the live tensor."""
-        if self.swapped == name and self.pair(name, shard).in_place:
-            return shard.target
+        """Where the average of a shard lies now: while swapped, perhaps where the live tensor was at its beginning."""
+        if self.swapped == name and shard.name in self.lent:
+            return self.lent[shard.name]
         return self.store.view(name, shard.name)
 
     # -- guards ----------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Store:
         self._dtype = dtype
         self._device = device
         self._shards: dict[str, Shard] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # of the averages that are held, by shard
         self._arenas: dict[str, dict[Key, Tensor]] = {name: {} for name in self.names}
         self._views: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
         self._scratch: dict[Key, Tensor] = {}
@@ -56,7 +57,9 @@ class Store:
 
     def like(self) -> Store:
         """An empty store with the same settings."""
-        return Store(self.names, self._dtype, self._device)
+        other = Store(self.names, self._dtype, self._device)
+        other._dtypes = dict(self._dtypes)
+        return other
 
     def take_from(self, other: Store, names: Iterable[str]) -> None:
         """Copy the averages `names` of the shards that both hold."""
@@ -69,6 +72,7 @@ class Store:
         """A shard has another name from now on."""
         if old in self._shards:
             self._shards[new] = self._shards.pop(old)
+            self._dtypes[new] = self._dtypes.pop(old)
             for views in self._views.values():
                 views[new] = views.pop(old)
 
@@ -90,13 +94,19 @@ class Store:
         return self._views[average][shard_name]
 
     def dtype_of(self, shard: Shard) -> torch.dtype:
-        """The dtype in which a shard is averaged; complex parameters stay complex."""
+        """The dtype in which a shard is averaged; complex parameters stay complex.
+
+        An average that is held becomes no narrower when its parameter does (`model.half()`).
+        """
         own = shard.dtype
         if self._dtype == "auto":
             # torch promotes no 8-bit floats.
-            return torch.promote_types(own, torch.float32) if own.itemsize > 1 else torch.float32
-        dtype = self._dtype or own
-        return dtype.to_complex() if own.is_complex and not dtype.is_complex else dtype
+            dtype = torch.promote_types(own, torch.float32) if own.itemsize > 1 else torch.float32
+        else:
+            dtype = self._dtype or own
+            dtype = dtype.to_complex() if own.is_complex and not dtype.is_complex else dtype
+        held = self._dtypes.get(shard.name, dtype)
+        return held if held.itemsize > dtype.itemsize else dtype
 
     def _key(self, shard: Shard) -> Key:
         return self._device or shard.tensor.device, self.dtype_of(shard)
@@ -142,6 +152,7 @@ class Store:
                 if shard.name in self._views[name]:
                     view.copy_(self._views[name][shard.name])
         self._arenas, self._views = arenas, views
+        self._dtypes = {shard.name: dtype for (_, dtype), shard in zip(keys, shards, strict=True)}
 
     def _make_batches(self, shards: list[Shard]) -> list[Batch]:
         """Group the shards into calls of the rules; scratch is allocated here, once for all batches of a key."""

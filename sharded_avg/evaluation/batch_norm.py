@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError
-from ..ranks import everyone, meeting
+from ..ranks import accelerator, everyone, meeting
 from .kept import Kept, require_module
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # private, but the one class of all kinds, as in torch's own update_bn
@@ -99,10 +99,11 @@ def _recompute(model: nn.Module, layers: Sequence[Any], batches: Iterable[Any], 
 @contextmanager
 def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
     """Dropout and loaders draw random numbers that training would have drawn."""
-    accelerator, indices = torch.accelerator.current_accelerator(), set()
-    if accelerator is not None:
-        devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
-        indices = {device.index for device in devices if device.type == accelerator.type}
-        indices.add(torch.accelerator.current_device_index())  # offloaded weights are computed with there
-    with torch.random.fork_rng(sorted(indices)):
+    current = accelerator()
+    if current is None:
+        devices, kind = [], "cpu"
+    else:  # the current one, too: offloaded weights are computed with there
+        used = [current, *(tensor.device for tensor in (*model.parameters(), *model.buffers()))]
+        devices, kind = sorted({device.index for device in used if device.type == current.type}), current.type
+    with torch.random.fork_rng(devices, device_type=kind):
         yield

@@ -50,4 +50,5 @@ def _owned(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[Sha
     """The shards that this rank counts: of equal regions on several ranks (replicas), the lowest rank's."""
     held: list[dict[str, Region]] = gather_objects(group, {s.name: s.region for s in shards})
     me = rank_in(group) if group is not None else 0
-    return [s for s in shards if not any(table.get(s.name) == s.region for table in held[:me])]
+    counted = {item for table in held[:me] for item in table.items()}
+    return [s for s in shards if (s.name, s.region) not in counted]

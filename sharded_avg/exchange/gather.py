@@ -109,14 +109,16 @@ def _owned(tables: list[list[_Row]]) -> list[tuple[int, _Row]]:
 def _buckets(owned: Iterable[tuple[int, _Row]]) -> Iterator[list[_Parcel]]:
     bucket: list[_Parcel] = []
     filled: dict[int, int] = {}  # owner -> bytes
+    total = 0
     for owner, row in owned:
         for part in split_region(row.region, BUCKET_BYTES // row.dtype.itemsize):
-            nbytes = part.numel * row.dtype.itemsize
-            if sum(filled.values()) + nbytes > BUCKET_BYTES:
+            nbytes, start = part.numel * row.dtype.itemsize, filled.get(owner, 0)
+            if total + nbytes > BUCKET_BYTES:
                 yield bucket
-                bucket, filled = [], {}
-            bucket.append(_Parcel(row, part, owner, filled.get(owner, 0), nbytes))
-            filled[owner] = -(-(filled.get(owner, 0) + nbytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+                bucket, filled, total, start = [], {}, 0, 0
+            bucket.append(_Parcel(row, part, owner, start, nbytes))
+            filled[owner] = -(-(start + nbytes) // _ALIGN_BYTES) * _ALIGN_BYTES
+            total += filled[owner] - start
     if bucket:
         yield bucket
 
@@ -159,8 +161,10 @@ def _move_bucket(
     rank0_only: bool,
 ) -> None:
     me = rank_in(group) if group is not None else 0
-    for owner in sorted({parcel.owner for parcel in bucket}):
-        parcels = [parcel for parcel in bucket if parcel.owner == owner]
+    by_owner: dict[int, list[_Parcel]] = {}
+    for parcel in bucket:
+        by_owner.setdefault(parcel.owner, []).append(parcel)
+    for owner, parcels in sorted(by_owner.items()):
         if group is None or (owner == 0 and rank0_only):
             if me == owner and full:
                 for parcel in parcels:

@@ -122,6 +122,11 @@ class Members:
             )
         return dict(keys.first), keys.aliases
 
+    def key_of(self, own: str) -> str:
+        """The name of the Shard of what the model itself calls `own`; `own` where there is none."""
+        own = self._own_aliases.get(own, own)
+        return self._first.get(own, own)
+
     def _choose(self, shards: list[Shard]) -> list[str]:
         further: dict[str, list[str]] = {}
         for alias, name in self.layout.aliases.items():

@@ -42,6 +42,23 @@ def test_ranks_in_time_and_late_when_one_gave_up():
     dist.barrier()
 
 
+@on_ranks(2, 3)
+def test_meeting_leaves_nothing_in_the_store():
+    """R21: a job of many evaluations does not fill the memory of the rank that keeps the store."""
+    _, average = ddp(nn.Linear(3, 5))
+    store = dist.distributed_c10d._get_default_store()
+    with average.swapped():
+        pass
+    dist.barrier()
+    before = store.num_keys()
+    for _ in range(3):
+        with average.swapped():
+            pass
+    dist.barrier()
+    assert store.num_keys() <= before
+    dist.barrier()
+
+
 @on_ranks(2)
 def test_saved_buffers_are_rank_0s(tmp_path):
     """P51: BatchNorm statistics differ between ranks; saved and handed out are those of rank 0."""

@@ -85,11 +85,13 @@ class FailAtCopy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name not in ("copy_", "_foreach_copy_", "_to_copy"):
+        if name not in ("copy_", "_foreach_copy_", "_to_copy", "cat"):
             return func(*args, **(kwargs or {}))
         self.left -= 1
         if self.left == 0 and self.when == "half" and name == "_foreach_copy_":
             args[0][0].copy_(args[1][0])
+        if self.left == 0 and self.when == "half" and name == "cat":
+            kwargs["out"][: args[0][0].numel()].copy_(args[0][0])
         if self.left == 0 and self.when != "after":
             raise self.error(self.when)
         result = func(*args, **(kwargs or {}))
@@ -300,7 +302,9 @@ def test_scratch_is_bounded(cache_bytes: int, monkeypatch: pytest.MonkeyPatch) -
     average.update()
     with CountBytes() as count, average.swapped():
         pass
-    assert 0 < count.nbytes <= cache_bytes <= 64 << 20
+    sums = (100 << 20) // 100  # one number for each row of what is exchanged, twice
+    assert 0 < count.nbytes <= cache_bytes + sums
+    assert cache_bytes <= 64 << 20
 
 
 class Normed(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_avg import EMA, ConfigError, ShardedAverage, averaged_buffers, refreshed_batch_norm
+from sharded_avg import EMA, ConfigError, ShardedAverage, averaged_buffers, ranks, refreshed_batch_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -225,6 +225,25 @@ def test_loaders_draw_random_numbers() -> None:
     with refreshed_batch_norm(model, loader):
         assert model.norm.num_batches_tracked == 3
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_build_for_an_accelerator_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R17: torch built for CUDA, no driver: `current_accelerator()` names the build, and asking for a device raises."""
+
+    def no_driver() -> int:
+        raise RuntimeError("Found no NVIDIA driver on your system")
+
+    model = Run().learn(0, 1).model
+    with refreshed_batch_norm(model, batches()):
+        expected = output(model)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", no_driver)
+    monkeypatch.setattr(torch.cuda, "current_device", no_driver)
+    assert ranks.accelerator() is None
+    with refreshed_batch_norm(model, batches()):
+        assert torch.equal(output(model), expected)
+    with averaged_buffers(model):
+        pass
 
 
 def test_an_iterator_that_was_read_already() -> None:
