@@ -101,7 +101,7 @@ def test_no_room_on_one_rank(tmp_path):
 def test_a_storage_that_raises_on_rank_0(tmp_path):
     """Whatever rank 0 meets while it prepares a folder, all ranks raise."""
     _, average = ddp(nn.Linear(3, 5))
-    with pytest.raises(CheckpointError if dist.get_rank() == 0 else PeerError):
+    with pytest.raises(CheckpointError, match="File name too long"):  # rank 0 decides, and tells the others why
         average.save(f"file://{tmp_path}/" + "n" * 300)  # longer than a file name can be
 
 
