@@ -330,3 +330,32 @@ def _(folder: Path) -> Sample:
 def _(folder: Path) -> Sample:
     ema = {f"ema_optimizer.state.{name}.ema_params": value for name, value in AVERAGE.items()}
     return Sample(as_dcp(folder, {**RAW, **ema, "ema_optimizer.param_groups.step": 7}))
+
+
+@sample("torchtitan", "torchtitan since August 2026: buffers among them")
+def _(folder: Path) -> Sample:
+    average = {**AVERAGE, "norm.running_mean": torch.full((5,), 0.25)}
+    ema = {f"ema.state.{name}.ema_params": value for name, value in average.items()}
+    raw = {**RAW, "norm.running_mean": torch.full((5,), 500.0)}
+    return Sample(as_dcp(folder, {**raw, **ema, "ema.param_groups.step": 7}), average=average)
+
+
+@sample("ema_pytorch", "F5-TTS: a released safetensors file")
+def _(folder: Path) -> Sample:
+    counts = {"step": torch.tensor(5), "initted": torch.tensor(True)}
+    save_file({**prefixed("ema_model.", AVERAGE), **counts}, folder / "model.safetensors")
+    return Sample(folder / "model.safetensors", facts={"step": 5})
+
+
+def flat(node: Any, path: str = "") -> State:
+    """What a safetensors file can hold of an object: tensors, and numbers as tensors, under keys joined by dots."""
+    if isinstance(node, Tensor):
+        return {path: node.contiguous()}
+    if isinstance(node, (bool, int, float)):
+        return {path: torch.tensor(node, dtype=torch.float64 if isinstance(node, float) else None)}
+    if not isinstance(node, (dict, list, tuple)):
+        return {}
+    found: State = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        found |= flat(value, f"{path}.{key}" if path else str(key))
+    return found

@@ -55,7 +55,12 @@ IMPORTERS: tuple[AbstractImporter, ...] = (
     EntryImporter("basicsr", "BasicSR, Real-ESRGAN: params_ema", "params_ema"),
     EntryImporter("dino", "DINO's teacher: teacher, alone or beside dino_loss", "teacher", certain="dino_loss"),
     EntryImporter(
-        "ema_entry", "a state dict under ema, ema_state_dict or ema_model", "ema", "ema_state_dict", "ema_model"
+        "ema_entry",
+        "a state dict under ema, ema_state_dict or ema_model",
+        "ema",
+        "ema_state_dict",
+        "ema_model",
+        as_module=("ema",),
     ),
     PrefixImporter("cosmos", "Cosmos: net_ema.*", "net_ema.", "model.net_ema."),
     PrefixImporter(
@@ -98,29 +103,22 @@ def find_importer(
     trainer's arguments; without it, a file with such objects is refused. Nothing in the file is run either way.
     Raises `CheckpointError` if the file cannot be opened, or holds averages of several formats.
     """
-    chosen = IMPORTERS if format is None else [_named(format)]
+    known = {importer.format: importer for importer in IMPORTERS}
+    if format is not None and format not in known:
+        raise ConfigError(f"format={format!r} is not known; it can be {', '.join(known)}")
     content = open_content(path, ignore_classes=ignore_classes)
     if content is None:
         return None
     if format is not None:
-        return Found(_accepting(chosen[0], content), content)
-    claims = [importer for importer in IMPORTERS if importer.claims(content)]
+        importer = known[format]
+        if not importer.possible_places(content):
+            raise content.refuse(f"this is not {format} ({importer.about}): it has no such entries")
+        return Found(importer, content)
+    claims = [importer for importer in IMPORTERS if importer.places(content)]
+    claims = [importer for importer in claims if importer.by_keys] or claims
     if len(claims) > 1:
         raise CheckpointError(
             f"{str(path)!r} holds averages of several formats, {[importer.format for importer in claims]}: say which "
             "one is meant with --from (or format=)"
         )
     return Found(claims[0], content) if claims else None
-
-
-def _accepting(importer: AbstractImporter, content: Content) -> AbstractImporter:
-    if not importer.accepts(content):
-        raise content.refuse(f"this is not {importer.format} ({importer.about}): it has no such entries")
-    return importer
-
-
-def _named(format: str) -> AbstractImporter:
-    for importer in IMPORTERS:
-        if importer.format == format:
-            return importer
-    raise ConfigError(f"format={format!r} is not known; it can be {', '.join(i.format for i in IMPORTERS)}")

@@ -4,64 +4,102 @@
     AbstractImporter  one foreign format: whether a Content is in it, and where in the Content the average is
     Names             the model's parameter names in order, for formats that number their tensors
 
-Tensors have flat names: the keys on the way to them, joined by dots. Opening runs nothing of the file.
+A path is the keys on the way to an entry, joined by dots. Files of torch have dicts in dicts, safetensors and DCP
+folders have one dict of such paths: an importer asks by path, and so reads either. Opening runs nothing of the file.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError
-from ...files.source import AbstractSource, Renamed
+from ...files.dcp_folder import DcpFolder
+from ...files.source import AbstractSource, Renamed, TensorInfo
 from ...files.stored import Stored
 from ...files.torch_file import flat_tensors
 
 Names = Sequence[str] | Mapping[str, Sequence[int]]
+_MAX_DEPTH = 3
 _WRAPPERS = re.compile(r"(?<![^.])(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
 
 @dataclass(frozen=True)
 class Content:
-    """An opened checkpoint. `tree` is the object that torch.save wrote, with a Stored for each tensor; else {}."""
+    """An opened checkpoint."""
 
     path: Path  # as the user named it
     source: AbstractSource
-    tree: Any = field(default_factory=dict)
+    tree: Any  # what torch.save wrote, with a Stored for each tensor; of other files {path: TensorInfo or a Later}
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json beside the weights
 
-    def at(self, *keys: str) -> Any:
-        """The entry of nested dicts under `keys`, or `None`."""
-        node = self.tree
-        for key in keys:
-            node = node.get(key) if isinstance(node, dict) else None
-        return node
+    def at(self, path: str) -> Any:
+        """The entry at a path, or `None`; a dict of the rests of the paths that go on from there."""
+        return _at(self.tree, path)
 
     def under(self, *prefixes: str) -> dict[str, str]:
-        """Flat names that begin with one of the prefixes, keyed by the rest."""
-        flats = self.source.infos
-        return {flat.removeprefix(prefix): flat for prefix in prefixes for flat in flats if flat.startswith(prefix)}
+        """Paths of tensors that begin with one of the prefixes, keyed by the rest."""
+        paths = self.source.infos
+        return {path.removeprefix(prefix): path for prefix in prefixes for path in paths if path.startswith(prefix)}
 
-    def number(self, *keys: str) -> int | float | None:
-        """The number under `keys`, whether it is a plain one or a tensor of one element; `None` if there is none."""
-        node = self.at(*keys)
-        return self.scalar(".".join(keys)) if isinstance(node, Stored) else as_number(node)
+    def places_of(self, last: str) -> list[str]:
+        """What stands before `last` in paths that end with it, in dicts a few levels deep; lists are not searched."""
 
-    def scalar(self, flat: str) -> int | float | None:
-        """The value of a tensor of one element; `None` if there is none of that name and size."""
-        info = self.source.infos.get(flat)
-        if info is None or info.nbytes != info.dtype.itemsize:
-            return None
-        return as_number(self.source.read(flat).reshape(()).item())
+        def walk(node: dict[Any, Any], prefix: str, depth: int) -> Iterator[str]:
+            for key, value in node.items():
+                if key == last or (isinstance(key, str) and key.endswith(f".{last}")):
+                    yield prefix + key[: -len(last)]
+                if isinstance(value, dict) and depth:
+                    yield from walk(value, f"{prefix}{key}.", depth - 1)
+
+        return list(walk(self.tree, "", _MAX_DEPTH)) if isinstance(self.tree, dict) else []
+
+    def number(self, path: str) -> int | float | None:
+        """The number at a path, whether it is a plain one or a tensor of one element; `None` if there is none."""
+        info = self.source.infos.get(path)
+        if info is not None:
+            one = info.nbytes == info.dtype.itemsize
+            return as_number(self.source.read(path).reshape(()).item()) if one else None
+        value = self.at(path)
+        return as_number(value.load() if isinstance(value, Later) else value)
 
     def refuse(self, problem: str) -> CheckpointError:
         """An error about this checkpoint, to be raised."""
         return CheckpointError(f"{str(self.path)!r}: {problem}")
+
+
+@dataclass(frozen=True)
+class Later:
+    """An object of a DCP folder, which is read when it is asked for."""
+
+    folder: DcpFolder
+    name: str
+
+    def load(self) -> Any:
+        """The object; `None` if it is not made of plain values."""
+        try:
+            return self.folder.load_object(self.name)
+        except CheckpointError:
+            return None
+
+
+def _at(node: Any, path: str) -> Any:
+    if isinstance(node, (list, tuple)):
+        head, _, rest = path.partition(".")
+        entry = node[int(head)] if head.isdigit() and int(head) < len(node) else None
+        return _at(entry, rest) if rest else entry
+    if not isinstance(node, dict) or path in node:
+        return node.get(path) if isinstance(node, dict) else None
+    names = [key for key in node if isinstance(key, str)]
+    for key in names:
+        if path.startswith(f"{key}.") and (found := _at(node[key], path[len(key) + 1 :])) is not None:
+            return found
+    return {key[len(path) + 1 :]: node[key] for key in names if key.startswith(f"{path}.")} or None
 
 
 def as_number(value: Any) -> int | float | None:
@@ -75,14 +113,25 @@ class AbstractImporter(ABC):
     format: str  # what --from takes
     about: str  # what writes it, and where the average is
     numbered = False  # whether tensors may lack names, so that `average` needs them
+    by_keys = True  # False: judged by names of files, which gives way to a format that is judged by keys
 
     @abstractmethod
-    def claims(self, content: Content) -> bool:
-        """Whether this is certainly the format: judged by keys and structure."""
+    def places(self, content: Content) -> list[str]:
+        """Prefixes of the paths of averages, if this is certainly the format: judged by keys and structure."""
 
-    def accepts(self, content: Content) -> bool:
-        """Whether this can be the format, where somebody says that it is."""
-        return self.claims(content)
+    def possible_places(self, content: Content) -> list[str]:
+        """The same, where somebody says that it is the format."""
+        return self.places(content)
+
+    def place(self, content: Content) -> str:
+        """The prefix of the one average. Raises `CheckpointError` if there are none, or several."""
+        places = self.possible_places(content)
+        if len(places) != 1:
+            raise content.refuse(
+                f"it holds {len(places)} averages of {self.format} ({self.about}) {places}: save the one that is meant "
+                "by itself"
+            )
+        return places[0]
 
     @abstractmethod
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
@@ -100,7 +149,16 @@ class AbstractImporter(ABC):
         if len(clean) != len(flats):
             raise content.refuse("two tensors have the same name once the names of wrappers are gone")
         known = {key: value for key, value in facts.items() if value is not None}
-        return Renamed(content.source, clean, {"format": self.format, **known, **_ties(content, clean)})
+        stored = dict(flat_tensors(content.tree))
+        first: dict[Stored, str] = {}
+        original = {
+            name: first.setdefault(stored[flat], name)
+            for name, flat in clean.items()
+            if flat in stored and 0 not in stored[flat].shape
+        }
+        aliases = {name: tied for name, tied in original.items() if name != tied}
+        ties = {"aliases": aliases} if aliases else {}
+        return Renamed(content.source, clean, {"format": self.format, **known, **ties})
 
     def started(self, content: Content, n_averaged: float | None) -> int | None:
         """`n_averaged` as an int. Raises `CheckpointError` if it is 0: then the copies are the first weights."""
@@ -112,19 +170,6 @@ class AbstractImporter(ABC):
         return None if n_averaged is None else int(n_averaged)
 
 
-def _ties(content: Content, names: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Names of one and the same tensor of a torch file."""
-    stored = dict(flat_tensors(content.tree))
-    first: dict[Stored, str] = {}
-    aliases = {}
-    for name, flat in names.items():
-        if flat in stored and 0 not in stored[flat].shape:
-            original = first.setdefault(stored[flat], name)
-            if original != name:
-                aliases[name] = original
-    return {"aliases": aliases} if aliases else {}
-
-
 def ema_rule(decay: float | None) -> dict[str, Any] | None:
     """The settings of an EMA, where its decay is recorded."""
     return None if decay is None else {"kind": "EMA", "decay": float(decay)}
@@ -132,12 +177,16 @@ def ema_rule(decay: float | None) -> dict[str, Any] | None:
 
 def is_state(node: Any) -> bool:
     """Whether it is a module's state dict: names and tensors, and perhaps modules' extra state."""
-    if not isinstance(node, dict) or not any(isinstance(value, Stored) for value in node.values()):
+    if not isinstance(node, dict) or not any(map(is_tensor, node.values())):
         return False
     return all(
-        isinstance(key, str) and (isinstance(value, Stored) or key.endswith("_extra_state"))
-        for key, value in node.items()
+        isinstance(key, str) and (is_tensor(value) or key.endswith("_extra_state")) for key, value in node.items()
     )
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether an entry of a Content's tree stands for a tensor."""
+    return isinstance(value, (Stored, TensorInfo))
 
 
 def in_order(content: Content, flats: Sequence[str], names: Names | None, what: str) -> dict[str, str]:
@@ -164,7 +213,7 @@ def in_order(content: Content, flats: Sequence[str], names: Names | None, what: 
     return pairs
 
 
-def numbered(flats: Iterable[str], prefix: str) -> list[str]:
-    """The flat names prefix0, prefix1, ... in order."""
-    rests = {flat.removeprefix(prefix): flat for flat in flats if flat.startswith(prefix)}
+def numbered(content: Content, prefix: str) -> list[str]:
+    """The paths prefix0, prefix1, ... in order."""
+    rests = content.under(prefix)
     return [rests[str(index)] for index in range(len(rests)) if str(index) in rests]

@@ -1,61 +1,105 @@
 """Averages that lie in a place of their own: below one key, below one prefix, or in one file.
 
-EntryImporter     one top-level key of a torch file holds a whole state dict
-PrefixImporter    tensors of any kind of checkpoint whose names begin with a prefix
-MMEngineImporter  `state_dict` is the average, `ema_state_dict` is raw: exchanged on purpose
-FairseqImporter   extra_state["ema"], with the fp32 values where there are any
-EmaFileImporter   a safetensors file, or a folder of one, that is called an average
-DiffusersImporter a pretrained folder whose config.json has the settings of an EMA
+EntryImporter       one key holds a whole state dict
+PrefixImporter      tensors whose paths begin with a prefix
+TorchtitanImporter  an optimizer's state of each parameter
+MMEngineImporter    `state_dict` is the average, `ema_state_dict` is raw: exchanged on purpose
+FairseqImporter     extra_state["ema"], with the fp32 values where there are any
+EmaFileImporter     a safetensors file, or a folder of one, that is called an average
+DiffusersImporter   a pretrained folder whose config.json has the settings of an EMA
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from ...files.safetensors_file import SafetensorsFiles
 from ...files.source import AbstractSource
-from .base import AbstractImporter, Content, Names, as_number, ema_rule, is_state
+from ...files.torch_file import TorchFile
+from .base import AbstractImporter, Content, Names, as_number, ema_rule, is_state, is_tensor
 
 _DESCRIBES_ITSELF = {"n_averaged", "initted", "steps", "shadow_params", "num_updates"}
+_EMA_SETTINGS = {"decay", "optimization_step", "update_after_step"}  # in diffusers' config.json
 
 
 class EntryImporter(AbstractImporter):
     """A plain state dict under one of `keys`, the first that there is.
 
     With `certain`, the key alone could mean something else: then there must be that other key too, or no other at all.
+    Where paths are flat, a key may also be the name of a submodule. `as_module` lists those that a submodule could well
+    have: they count only if other tensors in the file have all the same names and shapes, or, in files that know no
+    dicts, if somebody says so.
     """
 
-    def __init__(self, format: str, about: str, *keys: str, certain: str | None = None) -> None:
-        self.format, self.about, self._keys, self._certain = format, about, keys, certain
+    def __init__(
+        self, format: str, about: str, *keys: str, certain: str | None = None, as_module: tuple[str, ...] = ()
+    ) -> None:
+        self.format, self.about, self._keys = format, about, keys
+        self._certain, self._as_module = certain, as_module
 
-    def claims(self, content: Content) -> bool:
-        alone = self._certain is not None and isinstance(content.tree, dict) and len(content.tree) == 1
-        is_certain = self._certain is None or alone or content.at(self._certain) is not None
-        return self.accepts(content) and is_certain
-
-    def accepts(self, content: Content) -> bool:
-        return self._key(content) is not None
-
-    def _key(self, content: Content) -> tuple[str, ...] | None:
+    def possible_places(self, content: Content) -> list[str]:
         for key in self._keys:
-            for keys in ((key,), (key, "module")):
-                node = content.at(*keys)
-                if is_state(node) and not _DESCRIBES_ITSELF & node.keys():
-                    return keys
-        return None
+            node, place = content.at(key), None
+            if node is None or (key not in content.tree and _DESCRIBES_ITSELF & content.tree.keys()):
+                continue
+            if is_state(_module_of(node)):
+                place = f"{key}.module."
+            elif is_state(node) and not _DESCRIBES_ITSELF & node.keys() and not _is_optimizer(node):
+                place = f"{key}."
+            knows_dicts = isinstance(content.source, TorchFile)
+            if place is not None and (not knows_dicts or self._is_entry(content, place)):
+                return [place]
+        return []
+
+    def places(self, content: Content) -> list[str]:
+        places = [place for place in self.possible_places(content) if self._is_entry(content, place)]
+        if places and self._certain is not None and content.at(self._certain) is None:
+            key = places[0].partition(".")[0]
+            return places if all(str(other).partition(".")[0] == key for other in content.tree) else []
+        return places
+
+    def _is_entry(self, content: Content, place: str) -> bool:
+        """Whether a place is more than the name of a submodule."""
+        key = place.partition(".")[0]
+        return key not in self._as_module or key in content.tree or _has_twin(content, place)
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        keys = self._key(content)
-        if keys is None:
-            raise content.refuse(f"it holds no state dict where {self.format} keeps the average ({self.about})")
-        flats = content.under(".".join(keys) + ".")
-        if all(name.startswith("module.") for name in flats):  # saved through DistributedDataParallel
-            flats = {name.removeprefix("module."): flat for name, flat in flats.items()}
-        return self.found(content, flats, step=content.number("step"))
+        return self.found(content, content.under(self.place(content)), step=content.number("step"))
+
+
+def _is_optimizer(node: dict[str, Any]) -> bool:
+    """Whether the tensors are an optimizer's state of each parameter, as torchtitan's are."""
+    return any(name.endswith(".ema_params") for name in node)
+
+
+def _module_of(node: Any) -> Any:
+    """The entries below "module." of a wrapper's state dict, beside which there is nothing but counters."""
+    if not isinstance(node, dict):
+        return None
+    if isinstance(node.get("module"), dict):
+        return None if _DESCRIBES_ITSELF & node["module"].keys() else node["module"]
+    inside = {key.removeprefix("module."): value for key, value in node.items() if str(key).startswith("module.")}
+    rest = {key: value for key, value in node.items() if not str(key).startswith("module.")}
+    counters = all("." not in str(key) and (not is_tensor(value) or value.shape == ()) for key, value in rest.items())
+    return inside if counters and not _DESCRIBES_ITSELF & node.keys() else None
+
+
+def _has_twin(content: Content, place: str) -> bool:
+    """Whether other tensors, all below one prefix or none, have the same names and shapes as those of a place."""
+    infos = content.source.infos
+    shapes = {name: infos[path].shape for name, path in content.under(place).items()}
+    own = place.partition(".")[0] + "."
+    others = [path for path in infos if not path.startswith(own)]
+    for prefix in {"", *(f"{path.partition('.')[0]}." for path in others)}:
+        beside = {path.removeprefix(prefix): infos[path].shape for path in others if path.startswith(prefix)}
+        if shapes in (beside, {name.removeprefix("module."): shape for name, shape in beside.items()}):
+            return True
+    return False
 
 
 class PrefixImporter(AbstractImporter):
-    """Names that begin with one of `prefixes`, the first that any name has.
+    """Paths that begin with one of `prefixes`, the first that any has.
 
     `unsure`: more prefixes, which could mean something else and count only where somebody says what the format is.
     """
@@ -63,34 +107,32 @@ class PrefixImporter(AbstractImporter):
     def __init__(self, format: str, about: str, *prefixes: str, unsure: tuple[str, ...] = ()) -> None:
         self.format, self.about, self._prefixes, self._unsure = format, about, prefixes, unsure
 
-    def claims(self, content: Content) -> bool:
-        return bool(content.under(*self._prefixes))
+    def places(self, content: Content) -> list[str]:
+        return [prefix for prefix in self._prefixes if content.under(prefix)][:1]
 
-    def accepts(self, content: Content) -> bool:
-        return bool(content.under(*self._prefixes, *self._unsure))
+    def possible_places(self, content: Content) -> list[str]:
+        return [prefix for prefix in (*self._prefixes, *self._unsure) if content.under(prefix)][:1]
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        prefixes = (*self._prefixes, *self._unsure)
-        flats = next((found for prefix in prefixes if (found := content.under(prefix))), {})
-        return self.found(content, flats, step=content.number("iteration"))
+        return self.found(content, content.under(self.place(content)), step=content.number("iteration"))
 
 
 class TorchtitanImporter(AbstractImporter):
-    """An optimizer whose state for each parameter holds its average."""
+    """An optimizer whose state for each parameter holds its average; the later form has buffers, too."""
 
     format = "torchtitan"
-    about = "torchtitan's EMA optimizer: ema_optimizer.state.*.ema_params"
+    about = "torchtitan's EMA: ema_optimizer.state.*.ema_params, since August 2026 ema.state.*.ema_params"
 
-    def claims(self, content: Content) -> bool:
-        return bool(self._flats(content))
+    def places(self, content: Content) -> list[str]:
+        return [prefix for prefix in ("ema.state.", "ema_optimizer.state.") if self._averages(content, prefix)]
 
     @staticmethod
-    def _flats(content: Content) -> dict[str, str]:
-        inside = content.under("ema_optimizer.state.").items()
-        return {rest.removesuffix(".ema_params"): flat for rest, flat in inside if rest.endswith(".ema_params")}
+    def _averages(content: Content, prefix: str) -> dict[str, str]:
+        inside = content.under(prefix).items()
+        return {rest.removesuffix(".ema_params"): path for rest, path in inside if rest.endswith(".ema_params")}
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        return self.found(content, self._flats(content))
+        return self.found(content, self._averages(content, self.place(content)))
 
 
 class MMEngineImporter(AbstractImporter):
@@ -99,15 +141,15 @@ class MMEngineImporter(AbstractImporter):
     format = "mmengine"
     about = "MMEngine's EMAHook: state_dict"
 
-    def claims(self, content: Content) -> bool:
+    def places(self, content: Content) -> list[str]:
         other = content.at("ema_state_dict")
-        return isinstance(other, dict) and "steps" in other and is_state(content.at("state_dict"))
+        is_hook = isinstance(other, dict) and "steps" in other and is_state(content.at("state_dict"))
+        return ["state_dict."] if is_hook else []
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        n_averaged = self.started(content, content.number("ema_state_dict", "steps"))
-        return self.found(
-            content, content.under("state_dict."), n_averaged=n_averaged, step=content.number("meta", "iter")
-        )
+        place = self.place(content)
+        n_averaged = self.started(content, content.number("ema_state_dict.steps"))
+        return self.found(content, content.under(place), n_averaged=n_averaged, step=content.number("meta.iter"))
 
 
 class FairseqImporter(AbstractImporter):
@@ -116,12 +158,11 @@ class FairseqImporter(AbstractImporter):
     format = "fairseq"
     about = "fairseq: extra_state['ema'], extra_state['ema_fp32_params']"
 
-    def claims(self, content: Content) -> bool:
-        return is_state(content.at("extra_state", "ema"))
+    def places(self, content: Content) -> list[str]:
+        return ["extra_state.ema."] if is_state(content.at("extra_state.ema")) else []
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        flats = {**content.under("extra_state.ema."), **content.under("extra_state.ema_fp32_params.")}
-        return self.found(content, flats)
+        return self.found(content, content.under(self.place(content), "extra_state.ema_fp32_params."))
 
 
 class EmaFileImporter(AbstractImporter):
@@ -133,24 +174,28 @@ class EmaFileImporter(AbstractImporter):
 
     format = "ema_file"
     about = "Open-Sora, BAGEL, FastVideo, Open-Sora-Plan and others: ema.safetensors, *_ema.safetensors, *_ema/"
+    by_keys = False
 
-    def accepts(self, content: Content) -> bool:
-        return True  # `average` says why not
-
-    def claims(self, content: Content) -> bool:
-        if not isinstance(content.source, SafetensorsFiles) or _has_ema_settings(content):
-            return False
-        if not content.path.is_dir():
-            return re.fullmatch(r"(.+_)?ema(_model)?(_\d+)?", content.path.name.partition(".")[0]) is not None
-        folder = content.path.resolve()
-        return folder.name.endswith("_ema") and folder.with_name(folder.name.removesuffix("_ema")).is_dir()
-
-    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+    def possible_places(self, content: Content) -> list[str]:
         if not isinstance(content.source, SafetensorsFiles):
             raise content.refuse(
                 "only a .safetensors file is read as a whole average: a .pt file may be one rank's shard"
             )
-        return self.found(content, {name: name for name in content.source.infos})
+        return [""]
+
+    def places(self, content: Content) -> list[str]:
+        if not isinstance(content.source, SafetensorsFiles) or content.config.keys() >= _EMA_SETTINGS:
+            return []
+        if content.path.is_dir():
+            folder = content.path.resolve()
+            named = folder.name.endswith("_ema") and folder.with_name(folder.name.removesuffix("_ema")).is_dir()
+        else:
+            stem = content.path.name.partition(".")[0]
+            named = re.fullmatch(r"(.+_)?ema(_model)?(_\d+)?", stem) is not None
+        return [""] if named else []
+
+    def average(self, content: Content, names: Names | None = None) -> AbstractSource:
+        return self.found(content, content.under(self.place(content)))
 
 
 class DiffusersImporter(AbstractImporter):
@@ -159,17 +204,13 @@ class DiffusersImporter(AbstractImporter):
     format = "diffusers"
     about = "diffusers' EMAModel.save_pretrained: the folder's own weights"
 
-    def claims(self, content: Content) -> bool:
-        return _has_ema_settings(content) and bool(content.source.infos)
+    def places(self, content: Content) -> list[str]:
+        return [""] if content.config.keys() >= _EMA_SETTINGS and content.source.infos else []
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        config = content.config
+        place, config = self.place(content), content.config
         step = self.started(content, as_number(config["optimization_step"]))
         late = int(as_number(config["update_after_step"]) or 0)
         n_averaged = None if step is None else max(step - late, 1)
         rule = ema_rule(as_number(config["decay"]))
-        return self.found(content, {n: n for n in content.source.infos}, step=step, n_averaged=n_averaged, rule=rule)
-
-
-def _has_ema_settings(content: Content) -> bool:
-    return {"decay", "optimization_step", "update_after_step"} <= content.config.keys()
+        return self.found(content, content.under(place), step=step, n_averaged=n_averaged, rule=rule)

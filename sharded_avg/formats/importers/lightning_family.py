@@ -8,14 +8,13 @@ LitEmaImporter        CompVis' and Stability's LitEma: names without dots, match
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 
 from ...files.facts import METADATA_KEY
 from ...files.source import AbstractSource
-from .base import AbstractImporter, Content, Names, as_number, ema_rule, in_order, is_state, numbered
+from .base import AbstractImporter, Content, Names, ema_rule, in_order, is_state, numbered
+
+_MAX_OPTIMIZERS = 100
 
 
 class LightningImporter(AbstractImporter):
@@ -27,18 +26,16 @@ class LightningImporter(AbstractImporter):
     format = "lightning"
     about = "Lightning's WeightAveraging and EMAWeightAveraging: state_dict"
 
-    def claims(self, content: Content) -> bool:
-        if content.at(METADATA_KEY, "weights") == "average":
-            return is_state(content.at("state_dict"))
-        return all(is_state(content.at(key)) for key in ("state_dict", "current_model_state")) and isinstance(
-            content.at("averaging_state"), dict
-        )
+    def places(self, content: Content) -> list[str]:
+        is_ours = content.at(f"{METADATA_KEY}.weights") == "average"
+        beside = is_state(content.at("current_model_state")) and isinstance(content.at("averaging_state"), dict)
+        return ["state_dict."] if is_state(content.at("state_dict")) and (is_ours or beside) else []
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        place = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
-        n_averaged = self.started(content, content.number(place, "n_averaged"))
-        step = content.number("global_step")
-        return self.found(content, content.under("state_dict."), n_averaged=n_averaged, step=step)
+        where = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
+        place = self.place(content)
+        n_averaged = self.started(content, content.number(f"{where}.n_averaged"))
+        return self.found(content, content.under(place), n_averaged=n_averaged, step=content.number("global_step"))
 
 
 class LightningSwaImporter(AbstractImporter):
@@ -47,23 +44,18 @@ class LightningSwaImporter(AbstractImporter):
     format = "lightning_swa"
     about = "Lightning's StochasticWeightAveraging: callbacks[...]['average_model_state']"
 
-    def claims(self, content: Content) -> bool:
-        return bool(self._callbacks(content))
-
-    @staticmethod
-    def _callbacks(content: Content) -> list[str]:
+    def places(self, content: Content) -> list[str]:
         callbacks = content.at("callbacks")
-        entries = callbacks.items() if isinstance(callbacks, dict) else ()
-        return [key for key, value in entries if isinstance(value, dict) and "average_model_state" in value]
+        states = callbacks.items() if isinstance(callbacks, dict) else ()
+        keys = [key for key, value in states if isinstance(value, dict) and "average_model_state" in value]
+        keys += [key.partition(".average_model_state.")[0] for key, _ in states if ".average_model_state." in str(key)]
+        return [f"callbacks.{key}." for key in dict.fromkeys(keys)]
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        keys = self._callbacks(content)
-        if len(keys) != 1:
-            raise content.refuse(f"it holds the state of {len(keys)} StochasticWeightAveraging callbacks, not of one")
-        n_averaged = self.started(content, content.number("callbacks", keys[0], "n_averaged"))
-        flats = content.under(f"callbacks.{keys[0]}.average_model_state.")
+        place = self.place(content)
+        n_averaged = self.started(content, content.number(f"{place}n_averaged"))
         facts = {"n_averaged": n_averaged, "step": content.number("global_step"), "rule": {"kind": "SWA"}}
-        return self.found(content, flats, **facts)
+        return self.found(content, content.under(f"{place}average_model_state."), **facts)
 
 
 class NemoImporter(AbstractImporter):
@@ -76,41 +68,40 @@ class NemoImporter(AbstractImporter):
     about = "NeMo's EMA callback: state_dict of the -EMA.ckpt file"
     numbered = True
 
-    def claims(self, content: Content) -> bool:
-        return is_state(content.at("state_dict")) and bool(list(_ema_optimizers(content)))
+    def places(self, content: Content) -> list[str]:
+        return ["state_dict."] if is_state(content.at("state_dict")) and self._optimizers(content) else []
+
+    @staticmethod
+    def _optimizers(content: Content) -> list[str]:
+        """The prefixes of the optimizers that have an average."""
+        found = []
+        for index in range(_MAX_OPTIMIZERS):
+            state = content.at(f"optimizer_states.{index}")
+            heads = {str(key).partition(".")[0] for key in state} if isinstance(state, dict) else set()
+            if heads >= {"ema", "decay", "current_step", "every_n_steps"}:
+                found.append(f"optimizer_states.{index}.")
+        return found
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        optimizers = dict(_ema_optimizers(content))
-        lists = {index: numbered(content.source.infos, f"optimizer_states.{index}.ema.") for index in optimizers}
-        flats = [flat for found in lists.values() for flat in found]
-        first = next(iter(optimizers.values()), {})
-        step = self.started(content, as_number(first.get("current_step")))
-        every = int(as_number(first.get("every_n_steps")) or 1)
+        place = self.place(content)
+        optimizers = self._optimizers(content)
+        averages = [path for prefix in optimizers for path in numbered(content, f"{prefix}ema.")]
+        step = self.started(content, content.number(f"{optimizers[0]}current_step"))
+        every = int(content.number(f"{optimizers[0]}every_n_steps") or 1)
         n_averaged = None if step is None else -(-step // every)
-        facts = {"step": step, "n_averaged": n_averaged, "rule": ema_rule(as_number(first.get("decay")))}
-        if not flats or _all_among(content, flats, list(content.under("state_dict.").values())):
-            return self.found(content, content.under("state_dict."), **facts)
-        pairs = in_order(content, flats, names, "optimizer_states[...]['ema'] (its state_dict is raw)")
-        return self.found(content, pairs, **facts)
-
-
-def _ema_optimizers(content: Content) -> Iterator[tuple[int, dict[str, Any]]]:
-    states = content.at("optimizer_states")
-    for index, state in enumerate(states if isinstance(states, (list, tuple)) else ()):
-        if isinstance(state, dict) and {"ema", "decay", "current_step", "every_n_steps"} <= state.keys():
-            yield index, state
-
-
-def _all_among(content: Content, flats: list[str], candidates: list[str]) -> bool:
-    """Whether each tensor of `flats` has the values of some candidate; one at a time is in memory with its match."""
-    source = content.source
-    return all(
-        any(
-            source.infos[flat] == source.infos[other] and torch.equal(source.read(flat), source.read(other))
-            for other in candidates
+        rule = ema_rule(content.number(f"{optimizers[0]}decay"))
+        facts = {"step": step, "n_averaged": n_averaged, "rule": rule}
+        state = content.under(place)
+        infos, read = content.source.infos, content.source.read
+        # One tensor at a time is in memory with its match.
+        in_state = all(
+            any(infos[path] == infos[other] and torch.equal(read(path), read(other)) for other in state.values())
+            for path in averages
         )
-        for flat in flats
-    )
+        if in_state:
+            return self.found(content, state, **facts)
+        pairs = in_order(content, averages, names, "optimizer_states[...]['ema'] (its state_dict is raw)")
+        return self.found(content, pairs, **facts)
 
 
 class LitEmaImporter(AbstractImporter):
@@ -119,37 +110,32 @@ class LitEmaImporter(AbstractImporter):
     format = "lit_ema"
     about = "CompVis' and Stability's LitEma: model_ema.* without dots"
 
-    def claims(self, content: Content) -> bool:
-        return self._prefix(content) is not None
-
-    @staticmethod
-    def _prefix(content: Content) -> str | None:
-        """What stands before `model_ema.`: the file is a .ckpt, or a bare state dict (also as safetensors)."""
-        flats = content.source.infos
-        ends = ("model_ema.decay", "model_ema.num_updates")
-        return next((p for p in ("state_dict.", "") if all(p + end in flats for end in ends)), None)
+    def places(self, content: Content) -> list[str]:
+        """What stands before `model_ema.`: the file is a .ckpt, or a bare state dict."""
+        paths, ends = content.source.infos, ("model_ema.decay", "model_ema.num_updates")
+        return [place for place in ("state_dict.", "") if all(place + end in paths for end in ends)]
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
-        prefix = self._prefix(content)
-        prefix = "" if prefix is None else prefix
-        flat_ema = content.under(f"{prefix}model_ema.")
-        decay, count = flat_ema.pop("decay", None), flat_ema.pop("num_updates", None)
-        num_updates = None if count is None else content.scalar(count)
-        raw = {name: flat for name, flat in content.under(prefix).items() if not name.startswith("model_ema.")}
+        place = self.place(content)
+        dotless = content.under(f"{place}model_ema.")
+        decay, num_updates = content.number(dotless.pop("decay")), content.number(dotless.pop("num_updates"))
+        raw = {name: path for name, path in content.under(place).items() if not name.startswith("model_ema.")}
         n_averaged = self.started(content, None if num_updates == -1 else num_updates)  # -1: it did not count
-        rule = ema_rule(None if decay is None else content.scalar(decay))
-        return self.found(content, _matched(content, flat_ema, raw), n_averaged=n_averaged, rule=rule)
+        return self.found(content, _matched(content, dotless, raw), n_averaged=n_averaged, rule=ema_rule(decay))
 
 
 def _matched(content: Content, ema: dict[str, str], raw: dict[str, str]) -> dict[str, str]:
     """The model's names for names without dots: LitEma's are relative to the submodule that it averages."""
-    parents = {""} | {name[: index + 1] for name in raw for index, char in enumerate(name) if char == "."}
+    infos = content.source.infos
     found = []
-    for parent in sorted(parents):
-        dotless = _dotless(raw, parent)
+    for parent in sorted({""} | {name[: index + 1] for name in raw for index, char in enumerate(name) if char == "."}):
+        dotless: dict[str, list[str]] = {}
+        for name in raw:
+            if name.startswith(parent):
+                dotless.setdefault(name.removeprefix(parent).replace(".", ""), []).append(name)
         if all(len(dotless.get(short, ())) == 1 for short in ema):
-            pairs = {dotless[short][0]: flat for short, flat in ema.items()}
-            if all(content.source.infos[raw[n]].shape == content.source.infos[f].shape for n, f in pairs.items()):
+            pairs = {dotless[short][0]: path for short, path in ema.items()}
+            if all(infos[raw[name]].shape == infos[path].shape for name, path in pairs.items()):
                 found.append(pairs)
     if len(found) != 1:
         how = "match no parameters, or more than one each," if not found else f"match {len(found)} submodules"
@@ -158,11 +144,3 @@ def _matched(content: Content, ema: dict[str, str], raw: dict[str, str]) -> dict
             "names of the model in the same file. Load it with the code that wrote it and save the average by name"
         )
     return found[0]
-
-
-def _dotless(raw: dict[str, str], parent: str) -> dict[str, list[str]]:
-    dotless: dict[str, list[str]] = {}
-    for name in raw:
-        if name.startswith(parent):
-            dotless.setdefault(name.removeprefix(parent).replace(".", ""), []).append(name)
-    return dotless

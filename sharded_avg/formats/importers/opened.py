@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from ...errors import CheckpointError
 from ...files.dcp_folder import INDEX_FILE, DcpFolder
@@ -15,7 +14,7 @@ from ...files.facts import load_json
 from ...files.safetensors_file import INDEX_SUFFIX, SafetensorsFiles, safetensors_of
 from ...files.torch_file import TorchFile, flat_tensors
 from ...saved.place import MANIFEST_FILE
-from .base import Content
+from .base import Content, Later
 
 _EMA_FILE = "ema.safetensors"
 _CONFIG_FILE = "config.json"
@@ -33,56 +32,44 @@ def open_content(path: str | os.PathLike[str], *, ignore_classes: bool = False) 
     if place.is_dir():
         return _folder(place)
     if place.suffix == ".safetensors" or place.name.endswith(INDEX_SUFFIX):
-        return Content(place, SafetensorsFiles(place))
+        safetensors = SafetensorsFiles(place)
+        return Content(place, safetensors, dict(safetensors.infos))
     file = _torch_file(place, ignore_classes)
-    _refuse_ambiguous_names(file, place)
-    return Content(place, file, tree=file.content)
+    # {"a.b": x, "a": {"b": y}} has two tensors of one flat name: then a name does not say which is meant.
+    if sum(1 for _ in flat_tensors(file.content)) != len(file.infos):
+        raise CheckpointError(f"{str(path)!r} has keys with dots that read like the keys of a dict in it: not opened")
+    return Content(place, file, file.content)
 
 
 def _torch_file(path: Path, ignore_classes: bool) -> TorchFile:
+    """Opened; if all that is wrong with it is the classes in it, the error says that they can be left out."""
     try:
         return TorchFile(path, foreign=ignore_classes)
     except CheckpointError as error:
         if ignore_classes:
             raise
-        _raise_with_way_out(path, error)
-        raise
-
-
-def _raise_with_way_out(path: Path, error: CheckpointError) -> None:
-    """If all that is wrong with a file is the classes in it, say that they can be left out."""
-    try:
-        TorchFile(path, foreign=True)
-    except CheckpointError:
-        return
-    raise CheckpointError(
-        f"{error}. Or leave such objects out, with --ignore-classes (ignore_classes=True): tensors and plain values "
-        "are read, and still nothing in the file is run"
-    ) from error
+        try:
+            TorchFile(path, foreign=True)
+        except CheckpointError:
+            raise error from None
+        raise CheckpointError(
+            f"{error}. Or leave such objects out, with --ignore-classes (ignore_classes=True): tensors and plain "
+            "values are read, and still nothing in the file is run"
+        ) from error
 
 
 def _folder(folder: Path) -> Content | None:
     if (folder / MANIFEST_FILE).exists():
         return None
     if (folder / INDEX_FILE).exists():
-        return Content(folder, DcpFolder(folder))
+        source = DcpFolder(folder)
+        return Content(folder, source, {**source.infos, **{name: Later(source, name) for name in source.objects}})
     if (folder / _EMA_FILE).exists():
-        return Content(folder / _EMA_FILE, SafetensorsFiles(folder / _EMA_FILE))
+        return open_content(folder / _EMA_FILE)
     if safetensors_of(folder):
-        return Content(folder, SafetensorsFiles(folder), config=_config(folder))
+        safetensors, config, file = SafetensorsFiles(folder), {}, folder / _CONFIG_FILE
+        if file.is_file():
+            config = load_json(file.read_text(encoding="utf-8", errors="replace"), repr(str(file)))
+        return Content(folder, safetensors, dict(safetensors.infos), config if isinstance(config, dict) else {})
     averages = [child for child in sorted(folder.glob("*_ema")) if child.is_dir()]
     return _folder(averages[0]) if len(averages) == 1 else None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / _CONFIG_FILE
-    if not file.is_file():
-        return {}
-    config = load_json(file.read_text(encoding="utf-8", errors="replace"), repr(str(file)))
-    return config if isinstance(config, dict) else {}
-
-
-def _refuse_ambiguous_names(file: TorchFile, path: Path) -> None:
-    """{"a.b": x, "a": {"b": y}} has two tensors of one flat name: then a name does not say which is meant."""
-    if sum(1 for _ in flat_tensors(file.content)) != len(file.infos):
-        raise CheckpointError(f"{str(path)!r} has keys with dots that read like the keys of a dict in it: not opened")

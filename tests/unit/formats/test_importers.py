@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sharded_avg import CheckpointError, ConfigError
+from sharded_avg.files.dcp_folder import DcpFolder
 from sharded_avg.formats.importers import IMPORTERS, find_importer
 from sharded_avg.formats.importers.opened import open_content
 from tests.helpers.foreign import (
@@ -16,8 +19,10 @@ from tests.helpers.foreign import (
     NAMES,
     RAW,
     Sample,
+    as_dcp,
     composer,
     composer_ema,
+    flat,
     prefixed,
     pretrained,
 )
@@ -39,7 +44,83 @@ def test_one_importer_claims_it(name: str, tmp_path: Path) -> None:
     format, build = BUILDERS[name]
     content = open_content(build(tmp_path).path)
     assert content is not None
-    assert [importer.format for importer in IMPORTERS if importer.claims(content)] == [format]
+    assert [importer.format for importer in IMPORTERS if importer.places(content)] == [format]
+
+
+NOT_IN_SAFETENSORS = {"composer"}  # names and flags among its tensors say which of them are the average
+NO_TORCH_FILE = {"diffusers", "ema_file", "dinov3", "torchtitan"}  # their samples are folders, or safetensors already
+FLAT = [
+    name
+    for name, (format, _) in BUILDERS.items()
+    if format not in NOT_IN_SAFETENSORS | NO_TORCH_FILE and name != "cosmos, DCP" and not name.startswith("F5-TTS")
+]
+
+
+def as_safetensors(path: Path, content: object) -> Path:
+    """The same tensors under flat keys; every value in memory of its own, as the format wants it."""
+    save_file({key: value.clone() for key, value in flat(content).items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_the_same_keys_in_safetensors(name: str, tmp_path: Path) -> None:
+    """R11: every importer reads its keys from either kind of file."""
+    format, build = BUILDERS[name]
+    sample = build(tmp_path)
+    content = torch.load(sample.path, weights_only=False)
+    stem = sample.path.with_suffix("").name
+    there = replace(sample, path=as_safetensors(tmp_path / f"{stem}.safetensors", content))
+    check(there, format)
+    check(there, format, forced=format)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name.startswith(("cosmos, DCP", "dinov3", "torchtitan"))])
+def test_the_keys_of_dcp_folders_in_safetensors(name: str, tmp_path: Path) -> None:
+    """R11, R16."""
+    format, build = BUILDERS[name]
+    sample = build(tmp_path)
+    folder = DcpFolder(sample.path)
+    content = {key: folder.read(key) for key in folder.infos}
+    check(replace(sample, path=as_safetensors(tmp_path / "x.safetensors", content)), format)
+
+
+@pytest.mark.parametrize("key", ["ema", "model_ema", "ema_model", "ema_state_dict"])
+def test_an_entry_is_told_from_a_submodule(key: str, tmp_path: Path) -> None:
+    """R11: `ema.*` alone could be a submodule; beside weights of the same names and shapes it is their average."""
+    alone = as_safetensors(tmp_path / "model.safetensors", prefixed(f"{key}.", AVERAGE))
+    assert (find_importer(alone) is None) == (key == "ema")
+    for raw in (prefixed("model.", RAW), prefixed("model.module.", RAW), RAW):
+        path = as_safetensors(tmp_path / "both.safetensors", {**raw, **prefixed(f"{key}.", AVERAGE)})
+        check(Sample(path), "timm" if key == "model_ema" else "ema_entry")
+    other = {"body.weight": torch.zeros(2), **prefixed("ema.", AVERAGE)}
+    assert find_importer(as_safetensors(tmp_path / "other.safetensors", other)) is None
+    check(Sample(tmp_path / "other.safetensors"), "ema_entry", forced="ema_entry")
+
+
+def test_keys_say_more_than_the_name_of_a_file(tmp_path: Path) -> None:
+    """R11: in x_ema.safetensors, too, `online_model` and counters are no part of the average."""
+    content = {"initted": True, "step": 3, **prefixed("online_model.", RAW), **prefixed("ema_model.", AVERAGE)}
+    check(Sample(as_safetensors(tmp_path / "x_ema.safetensors", content), facts={"step": 3}), "ema_pytorch")
+
+
+@pytest.mark.parametrize("where", ["x.safetensors", "dcp"])
+def test_the_average_of_torchtnt_among_other_state(where: str, tmp_path: Path) -> None:
+    """R11: an AveragedModel in a DCP folder, or anywhere else where keys are flat."""
+    content = {"module": RAW, "swa_model": {"n_averaged": torch.tensor(4), **prefixed("module.", AVERAGE)}}
+    path = as_dcp(tmp_path, content) if where == "dcp" else as_safetensors(tmp_path / where, content)
+    check(Sample(path, facts={"n_averaged": 4}), "averaged_model")
+
+
+def test_torchtitan_had_two_keys(tmp_path: Path) -> None:
+    """R16: the later key has buffers, too; a checkpoint with both does not say which is meant."""
+    name = "torchtitan since August 2026: buffers among them"
+    check(BUILDERS[name][1](tmp_path / "new"), "torchtitan")
+    check(BUILDERS["torchtitan"][1](tmp_path / "old"), "torchtitan")
+    both = [
+        {f"{place}.state.{name}.ema_params": v for name, v in AVERAGE.items()} for place in ("ema", "ema_optimizer")
+    ]
+    with pytest.raises(CheckpointError, match="2 averages of torchtitan"):
+        find_importer(as_dcp(tmp_path, {**both[0], **both[1]})).open()
 
 
 def test_every_importer_has_a_sample() -> None:
@@ -61,6 +142,15 @@ NOT_AVERAGES = {
     "a student and its teacher, which is another model": {"student": RAW, "teacher": AVERAGE, "optimizer": {}},
     "a list": [1, 2],
 }
+
+
+RAW_IF_FLAT = [name for name in NOT_AVERAGES if name not in ("a list", "Lightning, only weights of an average")]
+
+
+@pytest.mark.parametrize("name", RAW_IF_FLAT)
+def test_raw_weights_in_safetensors_are_not_claimed(name: str, tmp_path: Path) -> None:
+    """R11: reading more must not make averages of raw weights."""
+    assert find_importer(as_safetensors(tmp_path / "model.safetensors", NOT_AVERAGES[name])) is None
 
 
 @pytest.mark.parametrize("name", NOT_AVERAGES)
@@ -140,7 +230,7 @@ def test_a_forced_format_does_not_invent(name: str, tmp_path: Path) -> None:
 def test_two_averaged_models(tmp_path: Path) -> None:
     one = {"n_averaged": torch.tensor(1), **prefixed("module.", RAW)}
     torch.save({"a": one, "b": one}, tmp_path / "file.pt")
-    with pytest.raises(CheckpointError, match=r"2 AveragedModels \['a\.', 'b\.'\]"):
+    with pytest.raises(CheckpointError, match=r"2 averages of averaged_model .*\['a\.', 'b\.'\]"):
         find_importer(tmp_path / "file.pt", "averaged_model").open()
 
 
