@@ -74,7 +74,10 @@ def test_the_same_keys_in_safetensors(name: str, tmp_path: Path) -> None:
     check(there, format, forced=format)
 
 
-@pytest.mark.parametrize("name", [name for name in BUILDERS if name.startswith(("cosmos, DCP", "dinov3", "torchtitan"))])
+IN_DCP = [name for name in BUILDERS if name.startswith(("cosmos, DCP", "dinov3", "torchtitan"))]
+
+
+@pytest.mark.parametrize("name", IN_DCP)
 def test_the_keys_of_dcp_folders_in_safetensors(name: str, tmp_path: Path) -> None:
     """R11, R16."""
     format, build = BUILDERS[name]
