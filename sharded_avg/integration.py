@@ -13,7 +13,7 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
 from .averages.arguments import as_buffers, as_dtype
 from .averages.store import AverageDtype
 from .formats.importers import find_importer
-from .ranks import all_or_none, everyone, gather_objects, rank_in, rendezvous, size_of
+from .ranks import all_or_none, everyone, gather_objects, meeting, rank_in, rendezvous, size_of
 from .rules.base import AbstractLerpRule
 from .rules.custom import AvgFn, MultiAvgFn
 from .saved.manifest import Manifest
@@ -40,6 +40,7 @@ __all__ = [
     "everyone",
     "find_importer",
     "gather_objects",
+    "meeting",
     "place_of",
     "rank_in",
     "read_manifest",

@@ -15,12 +15,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import AbstractRule, ConfigError, ShardedAverage
-from ..integration import AbstractLerpRule, AvgFn, BufferPolicy, MultiAvgFn, as_buffers
+from ..integration import AbstractLerpRule, AvgFn, BufferPolicy, MultiAvgFn, as_buffers, meeting
 from .holdings import Holdings
 from .passes import BothPasses
 from .patches import replaced, stand_in
@@ -28,7 +29,7 @@ from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
 from .settings import Included, count, dtype_of, one_of, one_rule
 from .stepping import StepWatch
-from .trainers import callback_class, check, evaluation_loops, is_named
+from .trainers import callback_class, check, evaluation_loops, is_named, job_group
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class WeightAveraging(Callback):
         self._during_run = ExitStack()
         self._is_raw_pass = False
         self._has_caught_up = False
+        self._job: dist.ProcessGroup | None = None  # all ranks of the trainer
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = type(self).__new__(type(self))
@@ -152,6 +154,7 @@ class WeightAveraging(Callback):
                 "checkpoint has room for one average under Lightning's keys: keep one of them"
             )
         check(trainer)
+        self._job = job_group(trainer)
         stand_in(self, trainer, trainer, "save_checkpoint", SaveHook)
         stand_in(self, trainer, trainer.strategy, "load_checkpoint", LoadHook)
         forget_load(pl_module)
@@ -174,7 +177,8 @@ class WeightAveraging(Callback):
     def built(self, model: Any, pending: Pending | None = None) -> ShardedAverage:
         """Collective: all ranks must call. A new average of `model`, with room for what is pending."""
         saved = frozenset() if pending is None or pending.manifest is None else frozenset(pending.manifest.tensors)
-        with torch.inference_mode(False):
+        # `include` is the user's, and may fail on one rank; the others may be making groups by then.
+        with torch.inference_mode(False), meeting(self._job, "building the average of the weights"):
             return ShardedAverage(
                 model,
                 self.rule,

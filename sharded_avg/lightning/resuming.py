@@ -201,6 +201,11 @@ def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str
     if not strict and None not in reasons:
         said = sorted(filter(None, reasons), key=_ELSEWHERE.__eq__)
         return said[0] if said else ""
+    if error is None and any(told != "" for told in reasons):
+        raise PeerError(
+            f"another rank could not take over the average in {str(pending.path)!r}; the cause is in the traceback of "
+            "that rank"
+        )
     if error is None:
         return ""
     if strict and isinstance(error, CheckpointError):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from .. import PeerError, ShardedAverage, UnsupportedModelError
-from ..integration import all_or_none, clean, place_of, rank_in, rendezvous, writes_checkpoints
+from ..integration import all_or_none, clean, meeting, place_of, rank_in, rendezvous, writes_checkpoints
 from .patches import replaced
 from .trainers import collects_together, job_group, writes_folder
 from .weights import Weights
@@ -69,7 +69,8 @@ class SaveHook:
                 self._alone(weights, filepath, write)
                 return
             weights.average.republish()  # some may come after others gave up on ending an evaluation together
-        self.callback.catch_up(trainer, weights)
+        with meeting(job_group(trainer), "taking the last step into the average that is saved"):
+            self.callback.catch_up(trainer, weights)  # by the user's rule, which may fail on one rank
         if weights.average.n_averaged:
             self._together(weights, filepath, bool(weights_only), write)
         else:
