@@ -8,10 +8,17 @@ LitEmaImporter        CompVis' and Stability's LitEma: names without dots, match
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
 import torch
 
 from ...files.facts import METADATA_KEY
 from ...files.source import AbstractSource
+from ...files.stored import Stored
+from ...saved.plain import decode, encode
+from ...weights.names import clean
 from .base import AbstractImporter, Content, Names, ema_rule, in_order, is_state, numbered
 
 _MAX_OPTIMIZERS = 100
@@ -33,9 +40,19 @@ class LightningImporter(AbstractImporter):
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         where = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
-        place = self.place(content)
         n_averaged = self.started(content, content.number(f"{where}.n_averaged"))
-        return self.found(content, content.under(place), n_averaged=n_averaged, step=content.number("global_step"))
+        step = content.number("global_step")
+        source = self.found(content, content.under(self.place(content)), n_averaged=n_averaged, step=step)
+        source.extra = dict(self._extra(content.at("state_dict") or {}))
+        return source
+
+    @staticmethod
+    def _extra(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """What modules keep by `get_extra_state`, where it is no tensor and no class has to be run for it."""
+        for key, value in state.items():
+            if key.endswith("_extra_state") and not isinstance(value, Stored):
+                with suppress(TypeError):
+                    yield clean(key), decode(encode(value))
 
 
 class LightningSwaImporter(AbstractImporter):
