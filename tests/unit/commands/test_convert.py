@@ -24,7 +24,10 @@ from tests.unit.formats.models import Named, Net, equal, full
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+WITH_BUFFERS = "torchtitan since August 2026: buffers among them"  # of another model; --names tells them from weights
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != WITH_BUFFERS])
 def test_into_a_folder_that_loads(name: str, tmp_path: Path) -> None:
     """Every format, into a ShardedAverage on a plain model, which then goes on."""
     (tmp_path / "theirs").mkdir()
