@@ -42,7 +42,12 @@ def tensor_bytes() -> int:
     gc.collect()
     found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta]
     plain = [getattr(tensor, "_local_tensor", tensor) for tensor in found]
-    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in plain)}.values())
+    return sum(
+        {
+            s.data_ptr(): s.nbytes()
+            for s in (tensor.untyped_storage() for tensor in plain if type(tensor).__name__ != "FakeTensor")
+        }.values()
+    )
 
 
 # DeepSpeed keeps small parameters gathered, now and then: not here, where bytes are counted.

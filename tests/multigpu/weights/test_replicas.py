@@ -250,7 +250,7 @@ def test_a_rank_that_cannot_prepare_its_swap() -> None:
     """Nobody compares replicas with a rank that has failed, and nobody waits for it."""
     average = ShardedAverage(DistributedDataParallel(model_of(1.0)), EMA(decay=0.5))
     average.update()
-    failing = mock.patch.object(State, "pairs", side_effect=MemoryError) if dist.get_rank() == 1 else nullcontext()
+    failing = mock.patch.object(State, "arrange", side_effect=MemoryError) if dist.get_rank() == 1 else nullcontext()
     with failing, pytest.raises((PeerError, MemoryError)), average.swapped():
         pytest.fail("the body must not run")
     with average.swapped():
