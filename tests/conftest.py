@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def pytest_configure() -> None:
     # DeepSpeed compiles its ops at first use, with paths of this environment. In the user's common cache, two
     # environments would rebuild them in turns, and wait for each other's locks.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if pool.under_torchrun():
+        # pytest clears old temporary folders at its end, and two that clear one place take it from each other's hands.
+        root = Path(tempfile.gettempdir()) / f"sharded_avg-tests-of-{os.getuid()}-rank{os.environ['RANK']}"
+        root.mkdir(exist_ok=True)
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(root)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
