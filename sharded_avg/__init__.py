@@ -9,6 +9,9 @@ with average.swapped():         # the model computes with averaged weights
     evaluate(model)
 """
 
+from .version import __version__  # first: where torch is too old, it says so
+
+# isort: split
 from .averager import ShardedAverage
 from .errors import (
     CheckpointError,
@@ -30,7 +33,6 @@ from .rules.custom import CustomRule
 from .rules.ema import EMA
 from .rules.schedule import Schedule
 from .rules.swa import SWA
-from .version import __version__
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",

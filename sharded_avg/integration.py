@@ -7,6 +7,7 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
     names     keys of a wrapped model's `state_dict()` as the user's own module has them
     zero      what DeepSpeed's engine says of itself before there is an average to ask
     settings  what a callback passes on, checked when it is built
+    versions  whether a trainer is too old, and what to ask an installer for
     saved     whether a folder and a checkpoint are of one save; averages that lie in a trainer's own file
 """
 
@@ -19,6 +20,7 @@ from .rules.custom import AvgFn, MultiAvgFn
 from .saved.manifest import Manifest
 from .saved.opening import read_manifest
 from .saved.place import place_of
+from .version import require, requirement
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy
 from .weights.layouts.zero.engine import steps_taken, writes_checkpoints
@@ -45,6 +47,8 @@ __all__ = [
     "rank_in",
     "read_manifest",
     "rendezvous",
+    "require",
+    "requirement",
     "size_of",
     "steps_taken",
     "write_live",

@@ -116,7 +116,7 @@ def plot(title: str, points: list[Point], path: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return "no picture: pip install matplotlib"
+        return "no picture: pip install 'sharded-avg[plots]'"
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch.distributed as dist
 
 from .. import EngineVersionError
+from ..integration import require, requirement
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
-_SUPPORTED = ">=2.6"
 # strategy class -> the attribute that says whether it writes folders, and the value that does
 _FOLDER_FLAGS = {
     "FSDPStrategy": ("_state_dict_type", "sharded"),
@@ -31,12 +31,14 @@ def callback_class() -> type:
         if find_spec(package.partition(".")[0]) is None:
             continue
         try:
-            bases.append(importlib.import_module(package).Callback)
+            found = importlib.import_module(package)
+            require("lightning", found.__version__)
+            bases.append(found.Callback)
         except (ImportError, AttributeError) as error:
             errors.append(f"{package}: {error!r}")
     if not bases:
-        raise ImportError(
-            f"sharded_avg.lightning needs lightning{_SUPPORTED}, and {'; '.join(errors) or 'none is installed'}. "
+        raise EngineVersionError(
+            f"sharded_avg.lightning needs {requirement('lightning')}, and {'; '.join(errors) or 'none is installed'}. "
             "Install it with: pip install 'sharded-avg[lightning]'"
         )
     return type("Callback", tuple(bases), {"__doc__": "A callback of every Lightning that is installed."})
@@ -86,7 +88,7 @@ def need(owner: Any, name: str) -> Any:
         versions = [f"{p} {v}" for p in PACKAGES if (v := getattr(sys.modules.get(p), "__version__", None))]
         raise EngineVersionError(
             f"{' / '.join(versions) or 'this Lightning'} has no {type(owner).__name__}.{name}, which "
-            f"sharded_avg.lightning relies on; install lightning{_SUPPORTED},<=2.6.6, or a newer sharded_avg"
+            f"sharded_avg.lightning relies on; install {requirement('lightning')}, or a newer sharded_avg"
         )
     return getattr(owner, name)
 

@@ -22,7 +22,7 @@ FLOORS = {
     "errors": 1,
     "shard": 1,
     "tensors": 1,
-    "version": 1,
+    "version": 2,  # errors say which version is needed
     "ranks": 2,
     "files": 3,
     "rules": 3,

@@ -25,17 +25,14 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from ...errors import EngineVersionError, UnsupportedModelError
 from ...shard import Box, Shard
+from ...version import requirement
 from .. import names
 from .base import AbstractLayout, addresses, trainable
 
 
 def _fsdp_modules(model: nn.Module) -> list[Any]:
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError as error:  # torch < 2.6
-        raise EngineVersionError(
-            f"torch {torch.__version__} has no torch.distributed.fsdp.FSDPModule; install torch >= 2.6"
-        ) from error
+    from torch.distributed.fsdp import FSDPModule
+
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
@@ -53,7 +50,7 @@ def _fsdp_params(module: Any) -> list[Any]:
     except AttributeError as error:
         raise EngineVersionError(
             f"torch {torch.__version__} keeps its fully_shard state elsewhere than sharded_avg expects ({error}); "
-            "install a torch release that this version of sharded_avg names as tested"
+            f"install {requirement('torch')}"
         ) from error
 
 

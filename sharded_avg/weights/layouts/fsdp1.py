@@ -8,7 +8,7 @@ everything, on every rank. What FSDP does not manage (`ignored_states`, buffers,
 
 [Note: FSDP1 internals]
 FSDP1 has no public way to its shards, so this file, and no other, relies on the following private names. They are
-checked at construction (`EngineVersionError`). Read and run with torch 2.13.
+checked at construction (`EngineVersionError`).
 
     unit    _handle                 the handle; None where the module has no parameters of its own
             training_state          SUMMON_FULL_PARAMS: full parameters are shown, so there is nothing to average
@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...errors import EngineVersionError, LayoutChangedError, UnsupportedModelError
 from ...shard import Box, Interval, Shard
+from ...version import requirement
 from .. import names
 from .base import AbstractLayout
 
@@ -295,7 +296,7 @@ def _check_internals(owners: list[Any], needed: tuple[str, ...]) -> None:
     if missing:
         raise EngineVersionError(
             f"FullyShardedDataParallel of torch {torch.__version__} has no {', '.join(missing)}, which its shards are "
-            "read through: install a torch that is known to work, such as 2.13, or move to fully_shard (FSDP2)"
+            f"read through: install {requirement('torch')}, or move to fully_shard (FSDP2)"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ....errors import EngineVersionError, UnsupportedModelError
+from ....version import require, requirement
 
 # optimizer class -> (lists of parameters, flat low-precision weights, fp32 masters), each one entry per parameter group
 FLAT_ATTRIBUTES = {
@@ -34,12 +35,17 @@ def is_a(thing: object, name: str) -> bool:
 def need(owner: Any, name: str) -> Any:
     """An attribute of DeepSpeed that this module relies on."""
     if not hasattr(owner, name):
-        version = getattr(sys.modules.get("deepspeed"), "__version__", "of an unknown version")
+        version = _installed() or "of an unknown version"
         raise EngineVersionError(
             f"DeepSpeed {version} has no {type(owner).__name__}.{name}, which sharded_avg reads to find the fp32 "
-            "weights; install deepspeed>=0.16,<=0.19.8, or a newer sharded_avg"
+            f"weights; install {requirement('deepspeed')}, or a newer sharded_avg"
         )
     return getattr(owner, name)
+
+
+def _installed() -> str:
+    """The version of the DeepSpeed that is imported, "" if none is."""
+    return str(getattr(sys.modules.get("deepspeed"), "__version__", ""))
 
 
 def looks_like_zero(model: nn.Module) -> bool:
@@ -49,7 +55,9 @@ def looks_like_zero(model: nn.Module) -> bool:
 
 
 def refuse(engine: Any) -> None:
-    """Raise `UnsupportedModelError` for what would be averaged wrongly."""
+    """Raise `UnsupportedModelError` for what would be averaged wrongly, `EngineVersionError` for an old DeepSpeed."""
+    if version := _installed():
+        require("deepspeed", version)
     if not is_a(engine, "DeepSpeedEngine"):
         hint = (
             "its parameters belong to DeepSpeed: " if isinstance(engine, nn.Module) and looks_like_zero(engine) else ""

@@ -1,0 +1,79 @@
+"""One list of versions: what the package checks, what its metadata ask for, what the README says was run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sharded_avg.errors import EngineVersionError
+from sharded_avg.version import WORKS_WITH, is_too_old, require, requirement
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def toml_list(name: str) -> list[str]:
+    """The strings of one list in pyproject.toml (Python 3.10 has no tomllib)."""
+    found = re.search(rf"^{name} = \[(.*?)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, name
+    return re.findall(r'"([^"]*)"', found[1])
+
+
+@pytest.mark.parametrize(
+    ("package", "where"), [("torch", "dependencies"), ("lightning", "lightning"), ("deepspeed", "deepspeed")]
+)
+def test_the_metadata_ask_for_the_oldest(package: str, where: str) -> None:
+    assert toml_list(where) == [f"{package}>={WORKS_WITH[package].oldest}"]
+
+
+@pytest.mark.parametrize("package", WORKS_WITH)
+def test_the_pinned_version_is_within(package: str) -> None:
+    pinned = re.search(rf"^{package}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    oldest, newest = (tuple(map(int, version.split("."))) for version in WORKS_WITH[package])
+    assert oldest <= tuple(map(int, pinned[1].split("."))) <= newest
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("2.6.0", True),
+        ("2.6.0+cu124", True),
+        ("1.13.1", True),
+        ("2.7.0a0+git1234", False),
+        ("2.7.0", False),
+        ("2.7", False),
+        ("2.13.0+cpu", False),
+        ("2.16.0.dev20261101+cu130", False),
+        ("10.0", False),
+    ],
+)
+def test_local_parts_and_nightlies(version: str, old: bool) -> None:
+    assert is_too_old("torch", version) == old
+
+
+def test_an_old_version_is_named_with_what_to_install() -> None:
+    with pytest.raises(EngineVersionError, match=r"deepspeed 0\.15\.4 is older .*pip install 'deepspeed>=0\.16\.9,<=0"):
+        require("deepspeed", "0.15.4")
+    assert requirement("lightning") == "lightning>=2.6,<=2.6.6"
+
+
+AN_OLD_TORCH = """
+import torch
+torch.__version__ = "2.6.0+cu124"
+torch.distributed.tensor = None                       # nothing that an old one may lack is needed for the message
+import sys; sys.modules["torch.distributed.tensor"] = sys.modules["torch.distributed.checkpoint"] = None
+import sharded_avg
+"""
+
+
+def test_import_says_which_torch_is_needed() -> None:
+    done = subprocess.run([sys.executable, "-c", AN_OLD_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "sharded_avg.errors.EngineVersionError: torch 2.6.0+cu124 is older than what sharded_avg 0.1.0 works with; "
+        f"pip install 'torch>=2.7,<={WORKS_WITH['torch'].newest}'"
+    )
