@@ -135,6 +135,19 @@ class ShardedAverage:
         """
         return self._state.update(unscheduled=unscheduled)
 
+    def attach(self, *optimizers: Any) -> None:
+        """Let these optimizers tell `update()` which steps were real: it counts none that did not happen. Local.
+
+        From now on an `update()` that follows no step of any of them, counted from the last update, changes nothing
+        and returns False: inside gradient accumulation, after a step that a GradScaler skipped, or called twice.
+        Several steps between two updates count as one. A `torch.optim.Optimizer`, also inside Accelerate's or Fabric's
+        wrapper; more can be attached later. A DeepSpeedEngine tells by itself, and this changes nothing there.
+
+        The optimizers keep no average alive. A fused optimizer under a GradScaler is asked for its `found_inf` after
+        each step, which waits for the device. Raises `ConfigError` for what is no optimizer.
+        """
+        self._state.attach(optimizers)
+
     # -- evaluating ------------------------------------------------------------------------------------------------
 
     def swapped(self, name: str | None = None) -> AbstractContextManager[bool]:

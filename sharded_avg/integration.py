@@ -5,6 +5,7 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
 
     ranks     waiting for each other, and failing together, where a trainer's ranks may be anywhere
     names     keys of a wrapped model's `state_dict()` as the user's own module has them
+    steps     whether optimizers of torch made a step
     zero      what DeepSpeed's engine says of itself before there is an average to ask
     settings  what a callback passes on, checked when it is built
     versions  whether a trainer is too old, and what to ask an installer for
@@ -25,6 +26,7 @@ from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy
 from .weights.layouts.zero.engine import steps_taken, writes_checkpoints
 from .weights.names import clean
+from .weights.steps import StepCount
 from .weights.write import write_live
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Manifest",
     "MultiAvgFn",
     "RawWeights",
+    "StepCount",
     "all_or_none",
     "as_buffers",
     "as_dtype",

@@ -8,7 +8,8 @@ from elsewhere take the place of those that are here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -21,6 +22,7 @@ from ..rules.schedule import WhenFn
 from ..shard import Shard
 from ..weights.layouts.base import AbstractLayout
 from ..weights.members import Members
+from ..weights.steps import StepCount, stepping
 from .history import History
 from .store import Store
 
@@ -34,6 +36,7 @@ class State:
         self.members, self.rules, self.schedule, self.store = members, dict(rules), schedule, store
         self.histories = dict.fromkeys(rules, History())
         self.step = 0  # optimizer steps seen
+        self._attached: StepCount | None = None  # where the user's optimizers tell whether there was a step
         self.swapped: str | None = None  # the average that is in the model now
         self.lent: dict[str, Tensor] = {}  # while swapped: where averages lie that are not in the store
         self._arranged_for: list[Shard] | None = None  # what the members were when the store was arranged
@@ -54,14 +57,29 @@ class State:
         if unscheduled:
             self._take_in(max(1, self.step))
             return True
-        if self.layout.step_was_skipped():
+        attached = self._attached
+        if self.layout.step_was_skipped() or (attached is not None and not attached.is_new):
             return False
         due = bool(self.schedule(self.step + 1))
         if due:
             self._take_in(self.step + 1)
         self.step += 1
         self.layout.count_step()
+        if attached is not None:
+            attached.count()
         return due
+
+    def attach(self, optimizers: Iterable[Any]) -> None:
+        """See `ShardedAverage.attach`. Local."""
+        found = list(map(stepping, optimizers))
+        if not found:
+            raise ConfigError("attach() got no optimizer: pass those whose steps change the averaged weights")
+        if self.layout.knows_steps:
+            return
+        if self._attached is None:
+            self._attached = StepCount()
+        for optimizer in found:
+            self._attached.watch(optimizer)
 
     def _take_in(self, step: int) -> None:
         self.arrange(admit=True)

@@ -48,7 +48,8 @@ def swapped(state: State, name: str | None) -> Iterator[bool]:
         state.swapped, state.lent = name, within.exchange.lent
         swapped_models.add(layout.model)
         try:
-            yield True
+            with layout.guarded():
+                yield True
         finally:
             state.swapped, state.lent = None, {}
             swapped_models.discard(layout.model)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..integration import steps_taken
+from ..integration import StepCount, steps_taken
 from .trainers import is_named
 
 
@@ -22,31 +22,24 @@ class StepWatch:
 
     def __init__(self, trainer: Any, optimizers: Sequence[Any]) -> None:
         watched = [optimizer for optimizer in optimizers if isinstance(optimizer, Optimizer)]
-        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in watched]
+        self._steps = StepCount(watched)
         self._trainer = trainer
         self._by_count = len(watched) < len(optimizers) or not optimizers
         self._seen_steps = self._count()
-        self._stepped = False
 
     def _count(self) -> int:
         if is_named(self._trainer.strategy, "DeepSpeedStrategy"):
             return steps_taken(self._trainer.strategy.model)
         return int(self._trainer.global_step)
 
-    def _after_step(self, optimizer: Any, *_: Any) -> None:
-        # A fused optimizer is called all the same, and told that its gradients are infinite: a scalar on the device.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not bool(found_inf):
-            self._stepped = True
-
     def stepped(self) -> bool:
         """Whether there was a step since the last call."""
         steps = self._count()
-        stepped = self._stepped or (self._by_count and steps > self._seen_steps)
-        self._stepped, self._seen_steps = False, steps
+        stepped = self._steps.is_new or (self._by_count and steps > self._seen_steps)
+        self._steps.count()
+        self._seen_steps = steps
         return stepped
 
     def close(self) -> None:
         """Leave the optimizers as they were."""
-        for handle in self._handles:
-            handle.remove()
+        self._steps.close()

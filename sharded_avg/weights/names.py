@@ -126,7 +126,10 @@ def split_ties(all_entries: list[Entry]) -> tuple[list[Entry], dict[str, str]]:
 
 
 class Tree:
-    """Which module is where below a model, remembered, so that a module replaced, added or removed is noticed."""
+    """Which module is where below a model, remembered, so that a module replaced, added or removed is noticed.
+
+    So is a hook before the forward of the outermost one, for it may be somebody's who has taken the model over.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         modules = {id(model): model}
@@ -137,9 +140,11 @@ class Tree:
                     modules[id(child)] = child
                     rest.append(child)
         parents = [module._modules for module in modules.values() if module._modules]
-        self._dicts: list[dict[str, Any]] = []
+        self._dicts: list[dict[Any, Any]] = []
         for module in modules.values():
             self._dicts += (module._modules, module._parameters, module._buffers)
+        # DeepSpeed's stage 0 takes a module over and leaves no other trace of it.
+        self._dicts += (module._forward_pre_hooks for module in wrappers(model))
         self._sizes = list(map(len, self._dicts))
         places = [(children, key, child) for children in parents for key, child in children.items()]
         # A buffer registered as None and set by the first forward is a new key of `state_dict()`.

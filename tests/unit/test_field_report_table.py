@@ -20,7 +20,7 @@ FEWEST_WORDS = 4  # of a reason
 
 NOT_GIVEN = {16, 21, 29, 38, 48, 49, 53, 61, 104, 107}  # numbers of P that no report has
 IDS = [*(f"P{n:02}" for n in range(1, 110) if n not in NOT_GIVEN), *(f"L{n}" for n in range(1, 19))]
-SECOND_ROUND = [f"R{n:02}" for n in range(1, 22)]
+SECOND_ROUND = [f"R{n:02}" for n in (*range(1, 22), 30)]
 
 
 @cache

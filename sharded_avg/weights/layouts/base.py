@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -35,6 +36,7 @@ class AbstractLayout(ABC):
     group: dist.ProcessGroup | None = None  # the ranks that hold the model together; None: each process holds all of it
     aliases: Mapping[str, str]  # second and further names of tied tensors -> their Shard's name; set by `shards()`
     publishes = False  # whether `publish` communicates
+    knows_steps = False  # whether `step_was_skipped` knows every step
     has_stale_replicas = False  # a swap ended without the other ranks: their parts of this rank's copy are averages
 
     @abstractmethod
@@ -81,6 +83,10 @@ class AbstractLayout(ABC):
 
     def publish_masters(self) -> None:
         """Collective: all ranks must call. Spread what ranks wrote into masters, where several ranks keep the same."""
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Inside, averages are in the model, and the engine refuses what would go wrong with them. Local."""
+        return nullcontext()
 
     def step_was_skipped(self) -> bool:
         """Whether the engine has changed no weights since `count_step` (overflow, or inside gradient accumulation)."""

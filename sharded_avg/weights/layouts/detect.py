@@ -49,8 +49,8 @@ def layout_class(model: nn.Module) -> type[AbstractLayout]:
     model = _engine_in(model)
     if not ZeroLayout.claims(model) and looks_like_zero(model):
         raise UnsupportedModelError(
-            f"the parameters of this {type(model).__name__} belong to DeepSpeed ZeRO, which keeps their values "
-            "elsewhere: pass the engine that deepspeed.initialize returned, not the module inside it"
+            f"the parameters of this {type(model).__name__} belong to DeepSpeed, which steps them or masters of "
+            "them: pass the engine that deepspeed.initialize returned, not the module inside it"
         )
     return next(layout for layout in LAYOUTS if layout.claims(model))
 

@@ -49,9 +49,16 @@ def _installed() -> str:
 
 
 def looks_like_zero(model: nn.Module) -> bool:
-    """Whether DeepSpeed owns parameters of `model`, which is not its engine: the user must pass the engine instead."""
-    owned = any(hasattr(param, "ds_id") or hasattr(param, "_hp_mapping") for param in model.parameters())
-    return owned and not is_a(model, "DeepSpeedEngine")
+    """Whether DeepSpeed owns parameters of `model`, which is not its engine: the user must pass the engine instead.
+
+    Stage 0 leaves no mark on parameters; its engine hooks the module that it calls.
+    """
+    if is_a(model, "DeepSpeedEngine"):
+        return False
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return any(hasattr(param, "ds_id") or hasattr(param, "_hp_mapping") for param in model.parameters()) or any(
+        getattr(hook, "__module__", None) == "deepspeed.runtime.engine" for hook in hooks
+    )
 
 
 def refuse(engine: Any) -> None:
@@ -125,6 +132,16 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         lambda engine: getattr(engine, "mp_world_size", 1) > 1,
         "tensor parallelism (an mpu, or AutoTP) cuts the parameters, and DeepSpeed does not say along which dim",
         "use data parallelism only, or FSDP2 with tensor parallelism",
+    ),
+    (
+        lambda engine: (
+            engine.zero_optimization_stage() < 3
+            and getattr(engine, "mesh_device", None) is not None
+            and getattr(engine, "sequence_parallel_size", 1) > 1
+        ),
+        "with mesh_param, DeepSpeed reduces gradients over the data-parallel ranks only in stages 0 to 2, so that the "
+        "masters of sequence-parallel ranks differ",
+        "use stage 3, or pass sequence parallelism as an mpu",
     ),
     (
         lambda engine: (

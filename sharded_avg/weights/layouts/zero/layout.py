@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ....errors import LayoutChangedError, UnsupportedModelError
+from ....errors import LayoutChangedError, SwapError, UnsupportedModelError
 from ....shard import Box, Shard
 from ... import names
 from ..base import AbstractLayout, trainable
@@ -15,7 +17,7 @@ from .engine import STAGE_3, STAGE_3_EVALUATION, is_a, kind, moved_away, need, n
 from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
 from .replicated import Replicated
-from .steps import Steps
+from .steps import steps_of
 
 
 class ZeroLayout(AbstractLayout):
@@ -26,17 +28,19 @@ class ZeroLayout(AbstractLayout):
         EngineVersionError: this DeepSpeed lacks an attribute that the module's Note names.
     """
 
+    knows_steps = True
+
     def __init__(self, engine: Any) -> None:
         refuse(engine)
         self._engine, self.model = engine, need(engine, "module")
-        self.group: dist.ProcessGroup = need(engine, "seq_data_parallel_group")  # data parallel x sequence parallel
         in_parts = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
-        self._weights: AbstractWeights = Partitioned(engine) if in_parts else Replicated(engine, self.group)
+        self._weights: AbstractWeights = Partitioned(engine) if in_parts else Replicated(engine)
+        self.group = self._weights.group
         self.publishes = in_parts or dist.get_world_size(self.group) > 1
         if reason := self._out_of_reach():
             raise UnsupportedModelError(reason)
         self.shards()  # a missing attribute is noticed now, not at the first update
-        self._steps = Steps(engine)
+        self._steps = steps_of(engine)
 
     @classmethod
     def claims(cls, model: nn.Module) -> bool:
@@ -99,6 +103,18 @@ class ZeroLayout(AbstractLayout):
         """Collective: all ranks must call. Stage 0 keeps whole masters on every rank, which averages them in parts."""
         self._weights.publish_masters()
 
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Inside, `engine.save_checkpoint` raises `SwapError`: masters are raw there, and weights are averages."""
+        attributes = vars(self._engine)
+        before = {name: attributes[name] for name in ("save_checkpoint",) if name in attributes}
+        attributes["save_checkpoint"] = _refuse_to_save
+        try:
+            yield
+        finally:
+            del attributes["save_checkpoint"]
+            attributes.update(before)
+
     def step_was_skipped(self) -> bool:
         """Whether no step changed weights since `count_step`: gradient accumulation, an fp16 overflow, or no step.
 
@@ -113,6 +129,15 @@ class ZeroLayout(AbstractLayout):
 
     def count_step(self) -> None:
         self._steps.count()
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise SwapError(
+        "engine.save_checkpoint() cannot be called while an average is swapped in: it would write raw fp32 masters "
+        "beside averaged weights, so that zero_to_fp32 gives raw weights, and a run resumed from it starts on averaged "
+        "ones. Leave the `with average.swapped():` block first, and save the average beside it by average.save(). To "
+        "export averaged weights as they are in the model now, call engine.save_16bit_model(folder)"
+    )
 
 
 def _shard(entry: names.Entry, piece: Piece | None) -> Shard:

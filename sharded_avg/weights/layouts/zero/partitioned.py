@@ -36,6 +36,20 @@ class Partitioned(AbstractWeights):
         for param in self._params():
             for name in _PARAMETER_ATTRIBUTES:
                 need(param, name)
+        self.group = self._group()
+
+    def _group(self) -> dist.ProcessGroup:
+        """The parameters' own: with `mesh_param` it is not the engine's `seq_data_parallel_group`."""
+        groups: list[dist.ProcessGroup] = [param.ds_process_group for param in self._params()]
+        groups = groups or [need(self._engine, "seq_data_parallel_group")]
+        ranks = dist.get_process_group_ranks(groups[0])
+        others = [group for group in dict.fromkeys(groups) if dist.get_process_group_ranks(group) != ranks]
+        if others:
+            raise UnsupportedModelError(
+                f"cannot average this DeepSpeed engine: some parameters are divided among the ranks {ranks} and others "
+                f"among {dist.get_process_group_ranks(others[0])}; divide all of them among the same ranks"
+            )
+        return groups[0]
 
     def pieces(self) -> list[Piece]:
         late = [tuple(param.shape) for param in self._engine.module.parameters() if not hasattr(param, "ds_id")]

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....shard import Interval, Region
@@ -26,6 +27,8 @@ class Piece:
 
 class AbstractWeights(ABC):
     """How one stage holds the weights that it trains."""
+
+    group: dist.ProcessGroup  # the ranks among which it divides them
 
     @abstractmethod
     def pieces(self) -> list[Piece]:

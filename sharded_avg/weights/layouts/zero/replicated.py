@@ -20,9 +20,9 @@ from .run import Run, Span, view
 class Replicated(AbstractWeights):
     """Stages 0, 1, 2: parameters whole on every rank."""
 
-    def __init__(self, engine: Any, group: dist.ProcessGroup) -> None:
-        self._engine, self._group = engine, group
-        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self, engine: Any) -> None:
+        self._engine, self.group = engine, need(engine, "seq_data_parallel_group")  # data parallel x sequence parallel
+        self._rank, self._world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def pieces(self) -> list[Piece]:
         pieces = [piece for run in self._runs() for piece in run.pieces(self._rank)]
@@ -50,7 +50,7 @@ class Replicated(AbstractWeights):
         if self._world_size > 1:
             with torch.no_grad():
                 for run in self._runs():
-                    run.spread(self._group)
+                    run.spread(self.group)
 
     def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
         found = []
@@ -65,7 +65,7 @@ class Replicated(AbstractWeights):
             with torch.no_grad():
                 for run in self._runs():
                     if run.has_whole_masters:
-                        run.of_masters().spread(self._group)
+                        run.of_masters().spread(self.group)
 
     def _runs(self) -> list[Run]:
         optimizer = self._engine.optimizer
