@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -14,6 +15,8 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+_NEGATIVE = re.compile(r"-\s*(\.?\d|inf\b|nan\b)", re.IGNORECASE)
+_OPTION = re.compile(r"--[^-=][^=]*")  # without a value yet
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -27,9 +30,28 @@ def add_name(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="which average; in a plain checkpoint, the key that the weights are under")
 
 
+def add_allow_nonfinite(parser: argparse.ArgumentParser) -> None:
+    """--allow-nonfinite, of what is rounded or summed."""
+    parser.add_argument("--allow-nonfinite", action="store_true", help="write infinities and NaN, too")
+
+
+def joined_numbers(argv: Sequence[str]) -> list[str]:
+    """`--option -2,3` as `--option=-2,3`: what begins with a dash is an option to argparse, unless it is one number."""
+    joined: list[str] = []
+    for word in argv:
+        if _NEGATIVE.match(word) and joined and _OPTION.fullmatch(joined[-1]):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def numbers(text: str) -> list[float]:
     """The type of an option that takes several numbers, with commas between them."""
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers: write 1,1,2 or -2,3") from None
 
 
 def num_bytes(text: str) -> int:

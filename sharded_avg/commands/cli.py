@@ -25,6 +25,7 @@ from typing import Any
 from ..errors import CheckpointError, ConfigError, NotStartedError, ShardedAvgError
 from ..version import __version__
 from . import consolidate, convert, doctor, inspect, merge
+from .arguments import joined_numbers
 from .progress import say
 
 COMMANDS = (inspect, consolidate, merge, convert, doctor)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_to(commands)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(joined_numbers(sys.argv[1:] if argv is None else argv))
     with _signals_received() as received:
         try:
             args.run(args)

@@ -15,14 +15,15 @@ import torch
 
 from ..errors import CheckpointError, ConfigError
 from ..files.facts import load_json
-from ..files.source import AbstractSource, Cast, Renamed
+from ..files.rounded import Cast
+from ..files.source import AbstractSource, Renamed
 from ..formats.exporters import raw_weights, write_averaged_model, write_lightning
 from ..formats.importers import IMPORTERS, Names, find_importer
 from ..formats.open import open_source
 from ..saved.from_source import write_folder
 from ..saved.manifest import Manifest
 from .progress import Report
-from .target import Target, exported_facts, manifest_of
+from .target import Target, averaged_names, exported_facts, manifest_of, tell_infinite
 
 TARGETS = ("sharded_avg", "averaged_model", "lightning", "safetensors", "torch")
 
@@ -36,6 +37,7 @@ class Conversion:
     as averaged in a sharded_avg folder. `prefix` keeps names that begin with it, and takes it off; `add_prefix` puts
     one before all. `raw` is a checkpoint with the raw weights, for targets that hold both. `n_averaged` is for formats
     that do not record it. `dtype=None` keeps each tensor's own. `ignore_classes` opens files with foreign objects.
+    `allow_nonfinite` writes infinities and NaN, too.
     """
 
     src: Path
@@ -50,6 +52,7 @@ class Conversion:
     n_averaged: int | None = None
     dtype: torch.dtype | None = None
     ignore_classes: bool = False
+    allow_nonfinite: bool = False
 
     def __post_init__(self) -> None:
         if self.to not in TARGETS:
@@ -77,6 +80,8 @@ class Conversion:
             write(source, self.out, raw)
         else:
             target.write(source, exported_facts(source.facts), report)
+            return source
+        tell_infinite(source)
         return source
 
     def average(self) -> AbstractSource:
@@ -86,7 +91,13 @@ class Conversion:
         if not names:
             raise ConfigError(f"prefix={self.prefix!r}: no name begins with it; they are {list(source.infos)[:5]}, ...")
         names = {self.add_prefix + new: old for new, old in names.items()}
-        return Cast(Renamed(source, names, self._facts(source, names)), self.dtype)
+        extra = {
+            self.add_prefix + name.removeprefix(self.prefix): name
+            for name in source.extra
+            if name.startswith(self.prefix)
+        }
+        renamed = Renamed(source, names, self._facts(source, names), extra)
+        return Cast(renamed, self.dtype, allow_nonfinite=self.allow_nonfinite)
 
     def _opened(self) -> AbstractSource:
         found = None
@@ -111,6 +122,8 @@ class Conversion:
             "average": source.facts.get("average", "average"),
             "aliases": {new_name[a]: new_name[n] for a, n in aliases.items() if a in new_name and n in new_name},
         }
+        if "averaged" in source.facts:
+            facts["averaged"] = [new_name[name] for name in source.facts["averaged"] if name in new_name]
         if source.facts.get("format") == "sharded_avg" and given is None:
             return facts
         n_averaged = given or recorded or 1
@@ -130,23 +143,16 @@ class Conversion:
         }
 
     def _manifest(self, source: AbstractSource) -> Manifest:
-        averaged = [name for name in source.infos if self._is_averaged(source, name)]
+        averaged = averaged_names(source) if self.names is None else list(filter(self._is_listed, source.infos))
         if not averaged:
             raise CheckpointError(f"{str(self.src)!r} holds no tensors that can be averaged")
         aliases = {alias: name for alias, name in source.facts["aliases"].items() if name in averaged}
-        facts = {**source.facts, "aliases": aliases}
+        facts = {**source.facts, "aliases": aliases, "averaged": averaged}
         return manifest_of(Renamed(source, {name: name for name in averaged}), facts)
 
-    def _is_averaged(self, source: AbstractSource, name: str) -> bool:
-        """By `names` if given; else floating-point tensors other than BatchNorm's statistics, which are buffers."""
-        dtype = source.infos[name].dtype
-        if self.names is not None:
-            listed = name.removeprefix(self.add_prefix)
-            return listed in self.names or self.prefix + listed in self.names
-        parent, _, last = name.rpartition(".")
-        beside = f"{parent}.num_batches_tracked" if parent else "num_batches_tracked"
-        is_statistic = last in ("running_mean", "running_var", "num_batches_tracked") and beside in source.infos
-        return (dtype.is_floating_point or dtype.is_complex) and not is_statistic
+    def _is_listed(self, name: str) -> bool:
+        listed = name.removeprefix(self.add_prefix)
+        return listed in (self.names or ()) or self.prefix + listed in (self.names or ())
 
 
 def read_names(path: Path) -> Names:

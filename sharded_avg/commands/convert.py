@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..formats.importers import IMPORTERS
-from .arguments import DTYPES, add_dtype
+from .arguments import DTYPES, add_allow_nonfinite, add_dtype
 from .conversion import TARGETS, Conversion, read_names
 from .progress import progress, say
 from .target import TORCH_SUFFIXES
@@ -36,6 +36,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--n-averaged", type=int, metavar="N", help="updates so far, where the format has no count")
     parser.add_argument("--ignore-classes", action="store_true", help="open files with foreign objects, without them")
     add_dtype(parser)
+    add_allow_nonfinite(parser)
     parser.set_defaults(run=_run)
 
 
@@ -58,6 +59,7 @@ def _run(args: argparse.Namespace) -> None:
         n_averaged=args.n_averaged,
         dtype=DTYPES[args.dtype],
         ignore_classes=args.ignore_classes,
+        allow_nonfinite=args.allow_nonfinite,
     )
     with progress() as report:
         source = conversion.run(report)

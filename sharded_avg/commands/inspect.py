@@ -38,10 +38,12 @@ def describe(path: StrPath, *, tensors: bool = False) -> dict[str, Any]:
 def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, Any]:
     manifest = asdict(saved.manifest)
     infos: dict[str, TensorInfo] = {}
+    extra: list[str] = []
     for name, record in saved.manifest.averages.items():
         if record.n_averaged:
             source = saved.source(name)
             infos = {key: info for key, info in source.infos.items() if key not in saved.manifest.aliases}
+            extra = list(source.extra)
     return {
         "path": os.fspath(path),
         "format": FORMAT,
@@ -52,6 +54,7 @@ def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, A
         "provenance": manifest["provenance"],
         "package": manifest["package"],
         "torch": manifest["torch"],
+        "extra": extra,
         **_sizes(infos, tensors),
     }
 
@@ -68,6 +71,7 @@ def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str
         "averages": {} if average is None else {average: record},
         "aliases": aliases,
         "provenance": facts.get("provenance", {}),
+        "extra": list(source.extra),
         **_sizes({name: info for name, info in source.infos.items() if name not in aliases}, tensors),
     }
 
@@ -96,6 +100,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines.append(f"  tensors    {found['num_tensors']} ({size})" if found["num_tensors"] else "  tensors    none yet")
     if found["aliases"]:
         lines.append(f"  tied       {len(found['aliases'])} more names")
+    if found["extra"]:
+        lines.append(f"  extra      {len(found['extra'])} states of modules that are no tensors")
     if found["averages"]:
         rows = [["average", "updates", "rule"]]
         for name, record in found["averages"].items():

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ..files.source import AbstractSource, Cast
+from ..errors import CheckpointError, ConfigError
+from ..files.source import AbstractSource
 from ..formats.open import StrPath, open_source
-from .arguments import DTYPES, add_dtype, add_name, numbers
-from .progress import Report, progress
-from .target import Target, exported_facts, guess_format
+from .arguments import DTYPES, add_allow_nonfinite, add_dtype, add_name, numbers
+from .order import given_twice, order_of_steps
+from .progress import Report, progress, say
+from .target import Target, averaged_names, exported_facts, guess_format, some_of
 from .weighted_sum import WSM_SHAPES, WeightedSum, given, uniform, window, wsm
 
 
@@ -25,16 +27,38 @@ def merge(
     method: str = "weights",
     name: str | None = None,
     accumulate: torch.dtype = torch.float64,
+    raw: bool = False,
+    by_step: bool = False,
+    as_given: bool = False,
     dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
     report: Report | None = None,
 ) -> AbstractSource:
     """Write sum of weight_i * source_i to `target`, with its provenance. Sources: averages, or model checkpoints.
 
-    Raises as `consolidate`, and `CheckpointError` if names or shapes differ.
+    Weights belong to the sources as they are given, and a source that is there twice is told; with `by_step` they
+    belong to the sources in the order of their steps, oldest first, and one that is there twice is a `ConfigError`;
+    with `as_given` too, the order given is taken for that of the steps.
+    All sources are averages, or all plain weights, unless `raw`. Raises as `consolidate`, and `CheckpointError` if
+    names or shapes differ, or if steps leave the order open where it matters.
     """
     target.refuse_sources(sources)
     opened = [open_source(source, name) for source in sources]
-    merged = Cast(WeightedSum(opened, weights, accumulate=accumulate), dtype)
+    plain = [str(path) for path, source in zip(sources, opened, strict=True) if "average" not in source.facts]
+    if 0 < len(plain) < len(opened) and not raw:
+        raise CheckpointError(
+            f"{some_of(plain)} hold weights, and nothing in them says that they are averages, as the other sources "
+            "are. --raw sums them all the same"
+        )
+    twice = given_twice(sources, opened)
+    if twice is not None and by_step:
+        raise ConfigError(f"{twice}: give each source once, or say with --weights how much each counts")
+    if twice is not None:
+        say(f"{twice}: both count")
+    if by_step and not as_given:
+        order = order_of_steps(sources, opened, matters=len({round(weight, 12) for weight in weights}) > 1)
+        sources, opened = [sources[i] for i in order], [opened[i] for i in order]
+    merged = WeightedSum(opened, weights, accumulate=accumulate, dtype=dtype, allow_nonfinite=allow_nonfinite)
     first, *others = [source.facts.get("aliases", {}) for source in opened]
     shared = {alias: name for alias, name in first.items() if all(other.get(alias) == name for other in others)}
     parts = [
@@ -59,24 +83,10 @@ def merge(
         "rule": {"kind": "merge", "method": method},
         "provenance": provenance,
         "aliases": shared,
-        "averaged": _averaged(opened[0]),
+        "averaged": averaged_names(opened[0]),
     }
     target.write(merged, facts, report)
     return merged
-
-
-def _averaged(source: AbstractSource) -> list[str]:
-    """What counts as averaged: as the source says, or else floating-point tensors but for BatchNorm's statistics."""
-    if "averaged" in source.facts:
-        return list(source.facts["averaged"])
-    infos = source.infos
-    statistics = {
-        name.replace("num_batches_tracked", kind)
-        for name in infos
-        if name.rpartition(".")[2] == "num_batches_tracked"
-        for kind in ("running_mean", "running_var")
-    }
-    return [name for name, info in infos.items() if info.dtype.is_floating_point and name not in statistics]
 
 
 def add_to(commands: Any) -> None:
@@ -84,19 +94,23 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "merge",
         help="write a weighted sum of averages or of checkpoints",
-        description="SRCs oldest first. OUT ending in .safetensors or .pt is one file; else a folder that "
+        description="SRCs in the order of the steps that they record; with --weights, as they are given. OUT ending "
+        "in .safetensors or .pt is one file; else a folder that "
         "ShardedAverage.load reads.",
     )
     parser.add_argument("src", metavar="SRC", nargs="+")
     parser.add_argument("out", metavar="OUT", type=Path)
     how = parser.add_mutually_exclusive_group(required=True)
-    how.add_argument("--weights", type=numbers, metavar="A,B,...", help="one for each SRC; divided by their sum")
+    how.add_argument("--weights", type=numbers, metavar="A,B,...", help="one for each SRC as given, over their sum")
     how.add_argument("--uniform", action="store_true", help="the mean")
     how.add_argument("--lawa", type=int, metavar="K", help="the mean of the last K (Kaddour 2022)")
     how.add_argument("--wsm", choices=tuple(WSM_SHAPES), help="in place of a decay (arXiv 2507.17634)")
     parser.add_argument("--accumulate", choices=("fp64", "fp32"), default="fp64", help="dtype of the sum")
+    parser.add_argument("--as-given", action="store_true", help="SRCs are oldest first, whatever steps they record")
+    parser.add_argument("--raw", action="store_true", help="sum averages and plain weights together")
     add_name(parser)
     add_dtype(parser)
+    add_allow_nonfinite(parser)
     parser.set_defaults(run=_run)
 
 
@@ -118,6 +132,10 @@ def _run(args: argparse.Namespace) -> None:
             method=method,
             name=args.name,
             accumulate=DTYPES[args.accumulate] or torch.float64,
+            raw=args.raw,
+            by_step=args.weights is None,
+            as_given=args.as_given,
             dtype=DTYPES[args.dtype],
+            allow_nonfinite=args.allow_nonfinite,
             report=report,
         )

@@ -2,13 +2,14 @@
 
 Target          one thing to be written
 guess_format    how, by the ending of a path
+averaged_names  which tensors of a source count as averaged
 exported_facts  what goes into a file about where its weights come from
 manifest_of     the same, for a folder
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from ..files.rounded import AbstractRounded, is_real
 from ..files.sinks import write_safetensors, write_torch
-from ..files.source import AbstractSource, Watched
+from ..files.source import AbstractSource, Watched, is_extra
 from ..formats.open import StrPath
 from ..saved.from_source import write_folder
 from ..saved.manifest import AverageRecord, Manifest, TensorRecord
@@ -25,6 +27,7 @@ from ..version import __version__
 from .progress import Report, say
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of torch's normalisations
 _EXPORTED_FACTS = ("average", "n_averaged", "step", "rule", "updates", "provenance", "aliases")
 
 
@@ -66,7 +69,11 @@ class Target:
                 raise ConfigError(f"{str(self.path)!r} is (in) the source {str(source)!r}: choose another place")
 
     def write(self, source: AbstractSource, facts: Mapping[str, Any], report: Report | None = None) -> None:
-        """Write all of `source`; the path appears, or changes, only when everything is written."""
+        """Write all of `source`; the path appears, or changes, only when everything is written.
+
+        What had to be left out, or looks wrong and is right, is told on the standard error stream.
+        """
+        rounded = source
         if report is not None:
             source = _reported(source, report)
         if self.format == "torch":
@@ -76,9 +83,22 @@ class Target:
         else:
             limit = self.max_file_bytes if self._one_file or self.max_file_bytes is not None else 1 << 62
             write_safetensors(source, self.path, exported_facts(facts), max_file_bytes=limit)
-        if source.extra and self.format != "folder":
+        if source.extra and self.format == "safetensors":
             names = ", ".join(source.extra)
-            say(f"left out, as it is no tensor: {names}; load_averaged_state_dict of the source has it")
+            say(f"left out, as it is no tensor: {names}; a torch file or a saved average would have it")
+        tell_infinite(rounded)
+
+
+def tell_infinite(source: AbstractSource) -> None:
+    """Say which tensors hold infinities that they held before."""
+    if isinstance(source, AbstractRounded) and source.infinite:
+        say(f"{some_of(source.infinite)}: infinities were written as they are in the source")
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Some of the names, and how many there are more."""
+    first = list(names)
+    return f"{first[:10]}" + (f" and {len(first) - 10} more" if len(first) > 10 else "")
 
 
 def _reported(source: AbstractSource, report: Report) -> AbstractSource:
@@ -98,6 +118,17 @@ def guess_format(path: Path, folder: str) -> str:
     if path.suffix == ".safetensors":
         return "safetensors"
     return "torch" if path.suffix in TORCH_SUFFIXES else folder
+
+
+def averaged_names(source: AbstractSource) -> list[str]:
+    """What a source says, or else floating-point tensors but for statistics of normalisations and extra state."""
+    if "averaged" in source.facts:
+        return list(source.facts["averaged"])
+    return [
+        name
+        for name, info in source.infos.items()
+        if is_real(info.dtype) and name.rpartition(".")[2] not in _STATISTICS and not is_extra(name)
+    ]
 
 
 def exported_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..files.source import AbstractSource, TensorInfo
+from ..files.rounded import AbstractRounded, is_real
+from ..files.source import AbstractSource, TensorInfo, is_extra
 from ..shard import Box
 
 WSM_SHAPES: dict[str, Callable[[float], float]] = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
@@ -54,54 +55,95 @@ def wsm(num_sources: int, shape: str) -> list[float]:
     return [1 - math.fsum(coefficients[1:]), *coefficients[1:]]
 
 
-class WeightedSum(AbstractSource):
-    """sum of weight_i * source_i for floating-point tensors; others are those of the last source.
+class WeightedSum(AbstractRounded):
+    """sum of weight_i * source_i for floating-point tensors; others, and modules' extra state, are the last source's.
 
-    The sum is in `accumulate` (float64 or float32) and rounded once, to the widest dtype that the sources have for the
-    tensor. Sources with weight 0 are not read. Raises `CheckpointError` if names or shapes differ.
+    The sum is in `accumulate` (float64 or float32) and rounded once, to `dtype` or to the widest that the sources
+    have for the tensor. Sources with weight 0 are not read. A value that is the same infinity in every source stays
+    what it is, as in a mask; one that is infinite in some of them only has diverged there. Raises `CheckpointError`
+    if names differ, or shapes of what is summed, and as AbstractRounded.
     """
 
     def __init__(
-        self, sources: Sequence[AbstractSource], weights: Sequence[float], *, accumulate: torch.dtype = torch.float64
+        self,
+        sources: Sequence[AbstractSource],
+        weights: Sequence[float],
+        *,
+        accumulate: torch.dtype = torch.float64,
+        dtype: torch.dtype | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
+        super().__init__(allow_nonfinite=allow_nonfinite)
         if len(sources) != len(weights) or not sources:
             raise ConfigError(f"{len(weights)} weights for {len(sources)} sources: give one for each")
+        if not any(weights):
+            raise ConfigError("every weight is 0, so there is nothing to sum")
         for number, source in enumerate(sources[1:], start=2):
             _refuse_misfits(sources[0].infos, source.infos, number)
         self._terms = [(w, s) for w, s in zip(weights, sources, strict=True) if w]
+        self._numbers = [number for number, weight in enumerate(weights, start=1) if weight]
         self._last = sources[-1]
         self._accumulate = accumulate
-        self.infos = {name: _sum_info([s.infos[name] for s in sources], name) for name in sources[0].infos}
+        self.extra = self._last.extra
+        self.infos = {
+            name: _sum_info([source.infos[name] for source in sources], dtype) if _is_summed(name, info) else info
+            for name, info in self._last.infos.items()
+        }
         self.facts = {"format": "merge", "aliases": sources[0].facts.get("aliases", {})}
-        self.extra = sources[-1].extra
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        dtype = self.infos[name].dtype
-        if not _is_summed(dtype):
+    def exact(self, name: str, box: Box | None = None) -> Tensor:
+        info = self._last.infos[name]
+        if not _is_summed(name, info):
             return self._last.read(name, box)
-        wide = torch.promote_types(self._accumulate, torch.complex64) if dtype.is_complex else self._accumulate
-        total: Tensor | None = None
-        for weight, source in self._terms:
-            values = source.read(name, box).to(wide)
-            total = values.mul_(weight) if total is None else total.add_(values, alpha=weight)
-        if total is None:
-            raise ConfigError("every weight is 0, so there is nothing to sum")
-        return total.to(dtype)
+        wide = self._wide(name)
+        (weight, first), *rest = self._terms
+        total = first.read(name, box).to(wide).mul_(weight)
+        for weight, source in rest:
+            total.add_(source.read(name, box).to(wide), alpha=weight)
+        if not torch.isfinite(total).all():
+            total = torch.where(self.meant(name, box, total), first.read(name, box).to(wide), total)
+        return total
+
+    def _wide(self, name: str) -> torch.dtype:
+        is_complex = self.infos[name].dtype.is_complex
+        return torch.promote_types(self._accumulate, torch.complex64) if is_complex else self._accumulate
+
+    def meant(self, name: str, box: Box | None, exact: Tensor) -> Tensor:
+        if not _is_summed(name, self._last.infos[name]):
+            return super().meant(name, box, exact)
+        (_, source), *rest = self._terms
+        first = source.read(name, box).to(self._wide(name))
+        same = torch.isinf(first)
+        for _, source in rest:
+            same &= source.read(name, box).to(self._wide(name)) == first
+        return same
+
+    def origin(self, name: str, box: Box) -> str:
+        for number, (_, source) in zip(self._numbers, self._terms, strict=True):
+            values = source.read(name, box)
+            if not torch.isfinite(values.float() if values.dtype.itemsize == 1 else values).all():
+                return f"it is so in source {number}"
+        return f"the sum is too large for {str(self._accumulate).removeprefix('torch.')}"
 
 
-def _is_summed(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
+def _is_summed(name: str, info: TensorInfo) -> bool:
+    return is_real(info.dtype) and not is_extra(name)
 
 
 def _refuse_misfits(first: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], number: int) -> None:
-    """Raise `CheckpointError` if names or shapes differ, listing some of them."""
+    """Raise `CheckpointError` if names, or shapes of what is summed, differ, listing some of them."""
     problems = {
-        "it lacks": [name for name in first if name not in other],
-        "the first lacks": [name for name in other if name not in first],
+        "it lacks": [name for name in first if name not in other and not is_extra(name)],
+        "the first lacks": [name for name in other if name not in first and not is_extra(name)],
         "shapes differ": [
             f"{name}: {info.shape} and {other[name].shape}"
             for name, info in first.items()
-            if name in other and other[name].shape != info.shape
+            if _is_summed(name, info) and name in other and other[name].shape != info.shape
+        ],
+        "it cannot be summed": [
+            f"{name}: {info.dtype} and {other[name].dtype}"
+            for name, info in first.items()
+            if name in other and _is_summed(name, info) != _is_summed(name, other[name])
         ],
     }
     told = "; ".join(
@@ -113,14 +155,12 @@ def _refuse_misfits(first: Mapping[str, TensorInfo], other: Mapping[str, TensorI
         raise CheckpointError(f"source {number} does not fit the first: {told}. Nothing was written")
 
 
-def _sum_info(infos: Sequence[TensorInfo], name: str) -> TensorInfo:
-    """The shape of all, and the widest dtype."""
-    dtype = infos[0].dtype
+def _sum_info(infos: Sequence[TensorInfo], dtype: torch.dtype | None) -> TensorInfo:
+    """The shape of all, and `dtype` or the widest that they have; complex stays complex."""
+    widest = infos[0].dtype
     for info in infos[1:]:
-        if _is_summed(info.dtype) != _is_summed(dtype):
-            raise CheckpointError(f"{name!r} is {dtype} in one source and {info.dtype} in another: cannot be summed")
         try:
-            dtype = torch.promote_types(dtype, info.dtype)
+            widest = torch.promote_types(widest, info.dtype)
         except RuntimeError:  # float8 and bfloat16 do not promote to each other; float32 holds all of them
-            dtype = torch.float32
-    return TensorInfo(infos[0].shape, dtype)
+            widest = torch.float32
+    return TensorInfo(infos[0].shape, widest if dtype is None or widest.is_complex else dtype)

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..shard import Box, take
 from .archive import records
 from .pickles import ClassName, Inert, load_inert
-from .source import AbstractSource, TensorInfo
+from .source import AbstractSource, Lazy, TensorInfo
 from .stored import Stored, StoredFile, contiguous_stride, is_size, torch_content
 from .tensor_archive import LARGEST_BYTES, frame_of
 
@@ -80,6 +80,8 @@ class DcpFolder(AbstractSource):
         self._check_places(places.values())
         for name, entry in _dict(index.get("state_dict_metadata"), "state_dict_metadata").items():
             self._enter(name, entry, places)
+        extra = [name for name in self._objects if name.rpartition(".")[2] == "_extra_state"]
+        self.extra = Lazy({name: name for name in extra}, self.load_object)
 
     @property
     def objects(self) -> list[str]:

@@ -19,12 +19,13 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..shard import Box
@@ -118,6 +119,7 @@ def _write_several(source: AbstractSource, folder: Path, metadata: Mapping[str, 
     before = sorted(entry.name for entry in folder.glob("model*.safetensors*")) if folder.exists() else []
     if before:
         raise ConfigError(f"{str(folder)!r} already holds {before}: choose a new folder, or remove them")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     staging = folder / f".incoming-{os.getpid()}"
     try:
@@ -134,6 +136,9 @@ def _write_several(source: AbstractSource, folder: Path, metadata: Mapping[str, 
                 incoming.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # it has the files in it
+                folder.rmdir()
 
 
 def write_torch(
@@ -145,17 +150,19 @@ def write_torch(
 ) -> None:
     """Write a flat state dict in torch.save's format; tied names (`facts["aliases"]`) share one storage.
 
-    `arrange` may put what stands for the tensors into nested dicts, with plain values beside them.
+    Modules' extra states are written as they are: torch.load(weights_only=True) refuses a BytesIO among them. `arrange`
+    may put what stands for the tensors into nested dicts, with plain values beside them.
     """
     aliases = facts.get("aliases", {})
     keys = {name: str(key) for key, name in enumerate(name for name in source.infos if name not in aliases)}
     keys |= {alias: keys[name] for alias, name in aliases.items()}
-    tensors = {
+    entries: dict[str, Any] = {
         name: _TensorAt(_StorageId(keys[name], info.dtype, Box.whole(info.shape).numel), info.shape)
         for name, info in source.infos.items()
     }
     stream = io.BytesIO()
-    _Pickler(stream, protocol=2).dump(OrderedDict(arrange(tensors)))
+    pickler = _Pickler(stream, protocol=2)
+    pickler.dump(OrderedDict(arrange({**entries, **source.extra})))
     with appearing(path) as incoming, zipfile.ZipFile(incoming, "w") as archive:
         _member(archive, "data.pkl", stream.getvalue())
         _member(archive, "byteorder", b"little")
@@ -165,6 +172,8 @@ def write_torch(
                 info = _member_info(archive, f"data/{keys[name]}", source.infos[name].nbytes)
                 with archive.open(info, "w", force_zip64=True) as member:
                     _write_tensor(source, name, member)
+        for key, tensor in pickler.inside.items():
+            _member(archive, f"data/{key}", bytes(bytes_of(tensor)))
         _member(archive, "version", b"3\n")
 
 
@@ -197,7 +206,11 @@ class _TensorAt:
 
 
 class _Pickler(pickle.Pickler):
-    """Writes what torch.save writes about tensors, without the tensors."""
+    """Writes what torch.save writes about tensors, without the tensors; `inside` are those of extra states, by key."""
+
+    def __init__(self, stream: IO[bytes], protocol: int) -> None:
+        super().__init__(stream, protocol)
+        self.inside: dict[str, Tensor] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if not isinstance(obj, _StorageId):
@@ -208,6 +221,10 @@ class _Pickler(pickle.Pickler):
         return "storage", getattr(torch, f"{name}Storage"), obj.key, "cpu", obj.numel
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor):
+            key = f"extra{len(self.inside)}"
+            tensor = self.inside[key] = obj.detach().contiguous()
+            obj = _TensorAt(_StorageId(key, tensor.dtype, tensor.numel()), tuple(tensor.shape))
         if not isinstance(obj, _TensorAt):
             return NotImplemented
         dtype = obj.storage.dtype

@@ -3,8 +3,8 @@
     TensorInfo      shape and dtype of one tensor
     AbstractSource  what a reader of one kind of file or folder provides; nothing is read before `read`
     Renamed         a source under other names, or a part of one
-    Cast            a source with its floating-point tensors in another dtype
     Watched         a source that reports the bytes it hands out
+    Lazy            values by name that are made when they are asked for
     slabs           how a tensor is cut so that only a small piece of it is in memory
 
 Consolidating, merging, converting and inspecting are written once, on sources. Opening one runs no code of the file.
@@ -50,35 +50,48 @@ class AbstractSource(ABC):
         """The values of one tensor, or of a Box of it. Raises `CheckpointError` if the file does not hold them."""
 
 
+class Lazy(Mapping[str, Any]):
+    """`load(names[name])` under each name."""
+
+    def __init__(self, names: Mapping[str, str], load: Callable[[str], Any]) -> None:
+        self._names, self._load = dict(names), load
+
+    def __getitem__(self, name: str) -> Any:
+        return self._load(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def is_extra(name: str) -> bool:
+    """Whether a name of a state dict is that of a module's extra state, which only the module understands."""
+    return "_extra_state" in name.split(".")
+
+
 class Renamed(AbstractSource):
-    """The tensors of `source` that `names` mentions: `names` maps the new name to the name in `source`."""
+    """The tensors of `source` that `names` mentions: `names` maps the new name to the name in `source`.
+
+    `extra` does the same for entries that are no tensors; without it, all of them keep their names.
+    """
 
     def __init__(
-        self, source: AbstractSource, names: Mapping[str, str], facts: Mapping[str, Any] | None = None
+        self,
+        source: AbstractSource,
+        names: Mapping[str, str],
+        facts: Mapping[str, Any] | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> None:
         self._source = source
         self._names = dict(names)
         self.infos = {new: source.infos[old] for new, old in self._names.items()}
-        self.extra = source.extra
+        self.extra = source.extra if extra is None else Lazy(extra, source.extra.__getitem__)
         self.facts = {**source.facts, **(facts or {})}
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         return self._source.read(self._names[name], box)
-
-
-class Cast(AbstractSource):
-    """The tensors of `source`, the floating-point ones rounded to `dtype`; all as they are if it is `None`."""
-
-    def __init__(self, source: AbstractSource, dtype: torch.dtype | None) -> None:
-        self._source = source
-        self.extra, self.facts = source.extra, source.facts
-        self.infos = {
-            name: TensorInfo(info.shape, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype)
-            for name, info in source.infos.items()
-        }
-
-    def read(self, name: str, box: Box | None = None) -> Tensor:
-        return self._source.read(name, box).to(self.infos[name].dtype)
 
 
 class Watched(AbstractSource):

@@ -45,7 +45,9 @@ _PLAIN = {
     "torch.device",
     "torch.serialization._get_layout",
     "_codecs.encode",  # bytes, in protocol 2
+    "_io.BytesIO",  # modules' extra state
 }
+_BYTES = {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")}
 STORAGE_DTYPES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -228,6 +230,9 @@ def torch_content(file: BinaryIO, members: dict[str, Record], *, what: str, fore
     return _Making(what, max_values=100_000 + 4 * len(data)).made(content)
 
 
+_ADMITTED = _REBUILD | _PARAMETER | _SETS | _PLAIN | _BYTES | _TENSORS | {_WITH_ATTRIBUTES}
+
+
 @dataclass(frozen=True, slots=True)
 class _Storage:
     dtype: torch.dtype
@@ -238,7 +243,7 @@ def _admits(module: str, name: str) -> bool:
     kind = f"{module}.{name}"
     is_storage = module in {"torch", "torch.storage"} and name.removesuffix("Storage") in STORAGE_DTYPES
     is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-    return is_storage or is_dtype or kind in _REBUILD | _PARAMETER | _SETS | _PLAIN | _TENSORS | {_WITH_ATTRIBUTES}
+    return is_storage or is_dtype or kind in _ADMITTED
 
 
 class _Making:
@@ -250,6 +255,7 @@ class _Making:
     def __init__(self, what: str, max_values: int) -> None:
         self._what = what
         self._left = max_values
+        self._objects: dict[int, Any] = {}  # so that bytes which are named a million times are there once
 
     def made(self, value: Any, depth: int = 0) -> Any:
         self._left -= 1
@@ -261,7 +267,9 @@ class _Making:
         if isinstance(value, (list, tuple)):
             return type(value)(self.made(entry, depth + 1) for entry in value)
         if isinstance(value, Inert):
-            return _object(value, self._what)
+            if id(value) not in self._objects:
+                self._objects[id(value)] = _object(value, self._what)
+            return self._objects[id(value)]
         return getattr(torch, value.kind.rpartition(".")[2], value.kind) if isinstance(value, ClassName) else value
 
 
@@ -278,10 +286,26 @@ def _object(inert: Inert, what: str) -> Any:
         if inert.kind in _SETS:
             return list(inert.args[0])
         if inert.kind == "_codecs.encode":
-            return inert.args[0].encode("latin1")
+            return _bytes(inert)
+        if inert.kind in _BYTES:
+            content = _bytes(inert.args[0] if inert.args else b"")
+            return bytearray(content) if inert.kind.endswith("bytearray") else bytes(content)
+        if inert.kind == "_io.BytesIO":
+            return io.BytesIO(_bytes(inert.state[0]))
     except (CheckpointError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{what} is damaged: it describes {error}") from error
     return inert.args[0] if inert.args and isinstance(inert.args[0], str) else inert.kind
+
+
+def _bytes(content: Any) -> bytes | bytearray:
+    """What bytes are made of: bytes, or, in protocol 2, a text in latin1; never a number, which would be a length."""
+    if isinstance(content, Inert) and content.kind == "_codecs.encode":
+        content = content.args[0].encode("latin1")
+    elif isinstance(content, Inert) and content.kind in _BYTES and not content.args:
+        content = b""
+    if not isinstance(content, (bytes, bytearray)):
+        raise CheckpointError(f"bytes made of a {type(content).__name__}")
+    return content
 
 
 def _tensor(inert: Inert) -> Stored:

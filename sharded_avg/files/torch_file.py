@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..shard import Box
 from .archive import is_archive, read_record, records
 from .facts import MAX_JSON_BYTES, METADATA_KEY, load_facts
-from .source import AbstractSource, TensorInfo
+from .source import AbstractSource, Lazy, TensorInfo, is_extra
 from .stored import Stored, StoredFile, torch_content
 
 
@@ -20,7 +20,8 @@ class TorchFile(AbstractSource):
     """A file of torch.save, in the zip format that torch has written since 1.6.
 
     `content` is the saved object: dicts, lists and plain values, with a Stored in place of each tensor, none of them
-    read yet. As a source it has every tensor of a flat or nested dict, under its keys joined by dots.
+    read yet. As a source it has every tensor of a flat or nested dict, under its keys joined by dots; `extra` are the
+    modules' extra states that are no tensors.
     Raises `CheckpointError` for what is damaged, or needs classes beyond tensors and plain values; with `foreign`, a
     word stands in the place of each object of such a class.
     """
@@ -47,6 +48,16 @@ class TorchFile(AbstractSource):
         self._tensors = dict(flat_tensors(self.content))
         self.infos = {name: TensorInfo(stored.shape, stored.dtype) for name, stored in self._tensors.items()}
         self.facts = {**facts, "format": "torch"}
+        states = dict(_extra_states(self.content))
+        self.extra = Lazy({name: name for name in states}, lambda name: self._with_tensors(states[name]))
+
+    def _with_tensors(self, value: Any) -> Any:
+        """A value with a tensor in place of each Stored."""
+        if isinstance(value, Stored):
+            return self._file.read(value)
+        if isinstance(value, dict):
+            return {key: self._with_tensors(entry) for key, entry in value.items()}
+        return type(value)(map(self._with_tensors, value)) if isinstance(value, (list, tuple)) else value
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
         return self._file.read(self._tensors[name], box)
@@ -61,9 +72,18 @@ class TorchFile(AbstractSource):
 
 
 def flat_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Stored]]:
-    """Every Stored of nested dicts, lists and tuples, under its keys joined by dots."""
+    """Every Stored of nested dicts, lists and tuples, under its keys joined by dots; not those inside extra states."""
     if isinstance(content, Stored):
         yield prefix, content
-    elif isinstance(content, (dict, list, tuple)):
+    elif isinstance(content, (dict, list, tuple)) and not is_extra(prefix):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from flat_tensors(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _extra_states(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every extra state that is no tensor."""
+    if is_extra(prefix):
+        yield from () if isinstance(content, Stored) else ((prefix, content),)
+    elif isinstance(content, (dict, list, tuple)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from _extra_states(value, f"{prefix}.{key}" if prefix else str(key))

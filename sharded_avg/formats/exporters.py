@@ -45,6 +45,7 @@ class Joined(AbstractSource):
     def __init__(self, parts: Mapping[str, AbstractSource]) -> None:
         self._places = {prefix + name: (part, name) for prefix, part in parts.items() for name in part.infos}
         self.infos = {name: part.infos[inner] for name, (part, inner) in self._places.items()}
+        self.extra = {prefix + name: value for prefix, part in parts.items() for name, value in part.extra.items()}
         aliases = {
             prefix + alias: prefix + name
             for prefix, part in parts.items()
@@ -101,7 +102,8 @@ def _completed(average: AbstractSource, raw: AbstractSource | None) -> AbstractS
     whole = Joined({"average.": average, "raw.": raw})
     order = {name: f"raw.{name}" if name in missing else f"average.{name}" for name in raw.infos}
     order |= {name: f"average.{name}" for name in average.infos if name not in order}
-    return Renamed(whole, order, {"aliases": dict(average.facts.get("aliases", {}))})
+    extra = {name: f"raw.{name}" for name in raw.extra} | {name: f"average.{name}" for name in average.extra}
+    return Renamed(whole, order, {"aliases": dict(average.facts.get("aliases", {}))}, extra)
 
 
 def raw_weights(path: Path, average: AbstractSource) -> AbstractSource:
@@ -123,4 +125,9 @@ def raw_weights(path: Path, average: AbstractSource) -> AbstractSource:
             f"{str(path)!r} holds {found} weights with the names and shapes of the average ({one!r}, ...). Give a "
             "checkpoint with just the model's raw state dict; --prefix and --add-prefix change the average's names"
         )
-    return Renamed(content.source, content.under(fitting[0]))
+    extra = content.source.extra
+    return Renamed(
+        content.source,
+        content.under(fitting[0]),
+        extra={name.removeprefix(fitting[0]): name for name in extra if name.startswith(fitting[0])},
+    )

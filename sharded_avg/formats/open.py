@@ -43,7 +43,8 @@ def open_source(path: StrPath, name: str | None = None) -> AbstractSource:
     ties = source.ties() if isinstance(source, TorchFile) else {}
     inside = {key: tied for key, tied in ties.items() if key.startswith(prefix) and tied.startswith(prefix)}
     aliases = {key.removeprefix(prefix): tied.removeprefix(prefix) for key, tied in inside.items()}
-    return Renamed(source, names, {"aliases": aliases})
+    extra = {key.removeprefix(prefix): key for key in source.extra if key.startswith(prefix)}
+    return Renamed(source, names, {"aliases": aliases}, extra)
 
 
 def load_averaged_state_dict(path: StrPath, name: str | None = None) -> dict[str, Any]:

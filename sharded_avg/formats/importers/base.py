@@ -158,7 +158,14 @@ class AbstractImporter(ABC):
         }
         aliases = {name: tied for name, tied in original.items() if name != tied}
         ties = {"aliases": aliases} if aliases else {}
-        return Renamed(content.source, clean, {"format": self.format, **known, **ties})
+        prefixes = {flat.removesuffix(name) for name, flat in flats.items() if flat.endswith(name)}
+        extra = {
+            _WRAPPERS.sub("", path.removeprefix(prefix)): path
+            for path in content.source.extra
+            for prefix in prefixes
+            if path.startswith(prefix)
+        }
+        return Renamed(content.source, clean, {"format": self.format, **known, **ties}, extra)
 
     def started(self, content: Content, n_averaged: float | None) -> int | None:
         """`n_averaged` as an int. Raises `CheckpointError` if it is 0: then the copies are the first weights."""

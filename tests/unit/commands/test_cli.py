@@ -20,6 +20,7 @@ from sharded_avg.commands.arguments import num_bytes
 from sharded_avg.commands.cli import main
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
+from sharded_avg.formats.open import open_source
 from sharded_avg.saved import from_source
 from sharded_avg.shard import Box
 
@@ -201,3 +202,42 @@ def test_interrupted_in_a_process_of_its_own(tmp_path):
     assert process.returncode == 130
     assert told == "sharded-avg: interrupted; nothing was written\n"
     assert not list(out.iterdir())
+
+
+@pytest.mark.each_value
+@pytest.mark.parametrize("weights", ["-2,3", "-2.5,3.5", "-.5,1.5", "3,-2", "-1e0,2", "-2, 3"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_negative_numbers(weights, joined, tmp_path):
+    """R18: a list of numbers may begin with a dash, with a space before it or an equals sign."""
+    for number in (1, 2):
+        torch.save({"w": torch.full((2,), float(number))}, tmp_path / f"{number}.pt")
+    option = [f"--weights={weights}"] if joined else ["--weights", weights]
+    assert main(["merge", str(tmp_path / "1.pt"), str(tmp_path / "2.pt"), str(tmp_path / "x.pt"), *option]) == 0
+    first, second = map(float, weights.split(","))
+    expected = torch.full((2,), (first * 1 + second * 2) / (first + second))
+    torch.testing.assert_close(open_source(tmp_path / "x.pt").read("w"), expected)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--lawa", "-2", "between 1 and 1"),
+        ("--lawa", "-2.5", "invalid int value"),
+        ("--weights", "-inf,1", "finite numbers"),
+        ("--weights", "-nan", "finite numbers"),
+        ("--weights", "1,x", "no list of numbers: write 1,1,2 or -2,3"),
+        ("--weights", "-2,,3", "no list of numbers"),
+        ("--max-shard-size", "-5GB", "no size"),
+        ("--n-averaged", "-3", "at least one update"),
+        ("--n-averaged", "-3e0", "invalid int value"),
+    ],
+)
+def test_numbers_that_cannot_be(option, value, says, saved, tmp_path, capsys):
+    """R18: every option that takes numbers says what is wrong with the number, not that it is missing."""
+    command = {"--max-shard-size": "consolidate", "--n-averaged": "convert"}.get(option, "merge")
+    try:
+        code = main([command, str(saved), str(tmp_path / "out"), "--name", "ema", option, value])
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2
+    assert says in capsys.readouterr().err

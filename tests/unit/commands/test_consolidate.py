@@ -138,7 +138,7 @@ def test_files_of_tensors_that_typed_storages_lack(tmp_path):
     state |= {"scalar": torch.tensor(1.5), "int": torch.arange(7), "empty": torch.zeros(3, 0)}
     torch.save(state, tmp_path / "in.pt")
     for out in ("out.pt", "out.safetensors"):
-        consolidate(tmp_path / "in.pt", Target(path=tmp_path / out, format=guess_format(tmp_path / out, "")))
+        consolidate(tmp_path / "in.pt", Target(path=tmp_path / out, format=guess_format(tmp_path / out, "")), raw=True)
         source = open_source(tmp_path / out)
         for name, tensor in state.items():
             read = source.read(name)
@@ -152,7 +152,7 @@ def test_files_of_tensors_that_typed_storages_lack(tmp_path):
 def test_a_dtype_that_the_format_lacks(tmp_path):
     torch.save({"w": torch.zeros(3, dtype=torch.complex128)}, tmp_path / "in.pt")
     with pytest.raises(ConfigError, match="complex128"):
-        consolidate(tmp_path / "in.pt", Target(path=tmp_path / "x.safetensors", format="safetensors"))
+        consolidate(tmp_path / "in.pt", Target(path=tmp_path / "x.safetensors", format="safetensors"), raw=True)
     assert not (tmp_path / "x.safetensors").exists()
 
 
