@@ -2,6 +2,17 @@
 
 Their classes differ and their code is the same, so nothing here asks which package a trainer is from, and classes are
 known by name.
+
+[Note: Lightning internals]
+A missing one is an `EngineVersionError`, when a callback is built or at setup.
+
+    trainer   save_checkpoint, strategy, callbacks, loggers, callback_metrics, fit_loop, global_step, is_last_batch
+              interrupted, validate_loop, test_loop, world_size
+    loops     epoch_loop, val_loop, _batches_that_stepped
+    strategy  load_checkpoint, save_checkpoint, broadcast, model, optimizers
+              _state_dict_type  FSDPStrategy
+              _save_distributed_checkpoint  ModelParallelStrategy
+              load_full_weights, zero_stage_3  DeepSpeedStrategy
 """
 
 from __future__ import annotations

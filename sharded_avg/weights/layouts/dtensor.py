@@ -5,11 +5,16 @@
                      module holds it only while it is resharded: after a forward without backward the root's
                      parameters are plain, unsharded tensors
     _local_tensor    its local tensor: a Box of the full tensor, perhaps empty, never padded
-    FSDPState        `module._get_fsdp_state()._fsdp_param_group(s)[i].fsdp_params[j]` leads from a module to its
-                     sharded parameters
 
-These are private to torch; `_fsdp_params` is the only function that touches the last of them, and construction fails
-with the torch version's name if they are not there.
+[Note: fully_shard internals]
+`_fsdp_params` is the only function that touches all but the first; construction fails with the torch version's name if
+they are not there.
+
+    DTensor  _local_tensor
+    module   _get_fsdp_state  leads to the state
+    state    _fsdp_param_groups or _fsdp_param_group  a list since torch 2.11, one optional group before
+    group    fsdp_params
+    param    sharded_param, _module_info  the latter with `module` and `param_name`
 """
 
 from __future__ import annotations

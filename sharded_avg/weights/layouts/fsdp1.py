@@ -10,26 +10,28 @@ everything, on every rank. What FSDP does not manage (`ignored_states`, buffers,
 FSDP1 has no public way to its shards, so this file, and no other, relies on the following private names. They are
 checked at construction (`EngineVersionError`).
 
-    unit    _handle                 the handle; None where the module has no parameters of its own
-            training_state          SUMMON_FULL_PARAMS: full parameters are shown, so there is nothing to average
-            _inter_node_pg          HYBRID_SHARD only: the ranks that hold the same local shard
-            _device_handle, _unshard_stream   where full copies are gathered, on a GPU
-    handle  flat_param, device      the flat parameter, and where it is computed with
-            process_group           the ranks among which it is cut
-            uses_sharded_strategy   False: NO_SHARD
-            reshard, post_reshard   point the flat parameter and the user's parameters back at the local shard
-            _use_sharded_views      point the user's parameters at the local shard, under use_orig_params=True
-            _offload_params         True: CPUOffload, with pinned local shards
-            _skipped_use_sharded_views   True: SHARD_GRAD_OP left full views on the module after a training forward
+    unit    _handle  the handle; None where the module has no parameters of its own
+            training_state  SUMMON_FULL_PARAMS: full parameters are shown, so there is nothing to average
+            _inter_node_pg  HYBRID_SHARD only: the ranks that hold the same local shard
+            _device_handle, _unshard_stream  where full copies are gathered, on a GPU
+    handle  flat_param, device  the flat parameter, and where it is computed with
+            process_group  the ranks among which it is cut
+            uses_sharded_strategy  False: NO_SHARD
+            reshard, post_reshard  point the flat parameter and the user's parameters back at the local shard
+            _use_sharded_views  point the user's parameters at the local shard, under use_orig_params=True
+            _offload_params  True: CPUOffload, with pinned local shards
+            _skipped_use_sharded_views  True: SHARD_GRAD_OP left full views on the module after a training forward
             _writeback_orig_params  takes in parameters that the user re-assigned since the last forward
-            _training_state         IDLE, except after an exception; then `reshard` would skip the views
-            _prefetched             True: the next forward would not gather again
-    flat    _local_shard            the local shard; before the first forward it is the flat parameter's data
-            _full_param_padded, _full_prec_full_param_padded   full copies, in low and in full precision
-            _param_infos, _shared_param_infos   the slots (module, key) that each parameter has, first and further ones
-            _shapes, _strides, _shard_param_infos   full shape and strides; what of it lies where in the local shard
-            _param_extensions       not None: the parameter was a DTensor
-            _params                 the user's parameters, under use_orig_params=True
+            _training_state  IDLE, except after an exception; then `reshard` would skip the views
+            _prefetched  True: the next forward would not gather again
+    flat    _local_shard  the local shard; before the first forward it is the flat parameter's data
+            _full_param_padded, _full_prec_full_param_padded  full copies, in low and in full precision
+            _param_infos, _shared_param_infos  the slots (module, key) that each parameter has, first and further ones
+            _shapes, _strides, _shard_param_infos  full shape and strides; what of it lies where in the local shard
+            _param_extensions  not None: the parameter was a DTensor
+            _params  the user's parameters, under use_orig_params=True
+            _is_flat_param, _fsdp_flattened  marks of what FSDP has flattened
+    module  HandleTrainingState, TrainingState  of torch.distributed.fsdp._common_utils
 """
 
 from __future__ import annotations

@@ -20,18 +20,25 @@ DeepSpeed's `_hp_mapping` says where a master lies, and it is wrong with `round_
 the order of the optimizer, memory is in the reordered one; so do `safe_get_full_fp32_param` and its kin). A parameter's
 place in its Run is therefore the distance between data pointers.
 
-[Note: private attributes]
-Stable names from DeepSpeed 0.16 to 0.19; a missing one is an `EngineVersionError`.
+[Note: DeepSpeed internals]
+A missing one is an `EngineVersionError`. A test holds the code to this list, and the list to the installed DeepSpeed.
 
-    engine       optimizer, module, seq_data_parallel_group; public: was_step_applied, zero_optimization_stage
-    ZeRO 1, 2    bit16_groups (parameters), bit16_groups_flat (weights), single_partition_of_fp32_groups (masters)
-    BF16         bf16_groups, bf16_groups_flat, fp32_groups_flat_partition: stage 1, bf16 with fp32 gradients
-    FP16         fp16_groups, fp16_groups_flat, fp32_groups_flat: stage 0 with FusedAdam; masters whole
-    FP16Unfused  fp16_groups, fp32_groups: stage 0 with any other optimizer; one master tensor for each parameter
-    ZeRO 3       fp16_groups, fp16_partitioned_groups_flat, fp32_partitioned_groups_flat, persistent_parameters,
-                 parameter_offload.fwd_pre_hook, empty_partition_cache
-    parameter    ds_tensor (with ds_numel), ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather,
-                 ds_secondary_tensor (stage 3); _hp_mapping (stages 1, 2: only whether it is there: destroy() ends it)
+    engine     optimizer, module, seq_data_parallel_group, global_steps, checkpoint_engine
+               was_step_applied, zero_optimization_stage  public
+    ZeRO 1, 2  bit16_groups  parameters
+               bit16_groups_flat  weights
+               single_partition_of_fp32_groups  masters
+    BF16       bf16_groups, bf16_groups_flat, fp32_groups_flat_partition  stage 1, bf16 with fp32 gradients
+    FP16       fp16_groups, fp16_groups_flat, fp32_groups_flat  stage 0 with FusedAdam; masters whole
+    unfused    fp16_groups, fp32_groups  stage 0 with any other optimizer; one master tensor for each parameter
+    ZeRO 3     fp16_groups, fp16_partitioned_groups_flat, fp32_partitioned_groups_flat, persistent_parameters
+               parameter_offload, fwd_pre_hook, empty_partition_cache
+    parameter  ds_tensor, ds_id, ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather  stage 3
+               ds_secondary_tensor  stage 3 with zero_hpz_partition_size
+               _hp_mapping  stages 1, 2: only whether it is there: destroy() ends it
+    optional   backup_optimizer, using_real_optimizer, offloaded_states  what some releases have, and some engines
+               has_moe_layers, mp_world_size, zenflow, swap_optimizer, params_in_nvme_and_cpu  refused where they are on
+               ds_quant_scale, is_deepcompile_active  the same
 
 [Note: gathered copies]
 Under stage 3 a forward without backward leaves parameters gathered, and later forwards read those copies, not
