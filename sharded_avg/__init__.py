@@ -28,9 +28,13 @@ from .errors import (
 from .evaluation.batch_norm import refreshed_batch_norm
 from .evaluation.buffers import averaged_buffers
 from .formats.open import load_averaged_state_dict
-from .rules.base import AbstractRule
+from .rules import decays
+from .rules.base import AbstractRule, Moment
+from .rules.cosine_merge import CosineMerge
 from .rules.custom import CustomRule
 from .rules.ema import EMA
+from .rules.polynomial import PolynomialAverage
+from .rules.power import PowerAverage
 from .rules.schedule import Schedule
 from .rules.swa import SWA
 
@@ -38,12 +42,16 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",
     "CheckpointError",
     "ConfigError",
+    "CosineMerge",
     "CustomRule",
     "EMA",
     "EngineVersionError",
     "LayoutChangedError",
+    "Moment",
     "NotStartedError",
     "PeerError",
+    "PolynomialAverage",
+    "PowerAverage",
     "ReplicaError",
     "SWA",
     "Schedule",
@@ -53,6 +61,7 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "UnsupportedModelError",
     "__version__",
     "averaged_buffers",
+    "decays",
     "load_averaged_state_dict",
     "refreshed_batch_norm",
 ]

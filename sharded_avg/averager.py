@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .averages import profile
 from .averages.arguments import as_buffers, as_device, as_dtype, as_rules, as_schedule, check_storage
+from .averages.profile import Stretch
 from .averages.state import State
 from .averages.store import AverageDtype, Store
 from .errors import ConfigError
@@ -168,6 +170,29 @@ class ShardedAverage:
     def republish(self) -> None:
         """Collective: all ranks must call. Make up for a swap that ended without some ranks, if they are back."""
         republish(self._state)
+
+    def decay(self, name: str | None = None) -> float:
+        """The share of the average that stayed at the latest update: the decay in force, 0 at the first one. Local.
+
+        Raises `NotStartedError` before the first update, and `ConfigError` for a rule that does not know (CustomRule),
+        as do `horizon` and `profile`.
+        """
+        return profile.decay(*self._state.about(name))
+
+    def horizon(self, name: str | None = None) -> float:
+        """The effective number of updates in the average, 1 / sum of the squares of their shares. Local.
+
+        n for the plain mean of n; (1 + d) / (1 - d) for a long EMA of decay d. Computed from the rule and the history,
+        in time that grows with the number of updates that count.
+        """
+        return profile.horizon(*self._state.about(name))
+
+    def profile(self, name: str | None = None, *, stretches: int = 10) -> list[Stretch]:
+        """Which share of the average each stretch of past optimizer steps has: (first step, last step, share). Local.
+
+        The steps from the first update to the latest are cut into so many equal stretches, earliest first.
+        """
+        return profile.profile(*self._state.about(name), stretches)
 
     def distance(self, name: str | None = None) -> float:
         """Collective: all ranks must call. How far the average is from the live weights, relative to those.

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..rules.base import Moment
+
 MAX_STRIDES = 256
 
 
@@ -33,7 +35,7 @@ class Stride:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """`n_averaged` updates of one average, oldest first; `strides` lists the latest ones, or all of them.
+    """`n_averaged` updates of one average, oldest first; `strides` lists all of them, or the first and the latest.
 
     An irregular schedule gives a stride for every step or two: what is beyond MAX_STRIDES is counted and forgotten.
     """
@@ -46,7 +48,13 @@ class History:
         longer = self.strides[-1].extended(step) if self.strides else None
         if longer is not None:
             return History((*self.strides[:-1], longer), self.n_averaged + 1)
-        return History((*self.strides, Stride(step, step))[-MAX_STRIDES:], self.n_averaged + 1)
+        return History(_shortened((*self.strides, Stride(step, step))), self.n_averaged + 1)
+
+    def moment(self, step: int) -> Moment:
+        """Of an update at `step`. Where the steps of earlier ones are not known, there was one at every step."""
+        if not self.strides:
+            return Moment(self.n_averaged)
+        return Moment(self.n_averaged, step - self.strides[0].first, step - self.strides[-1].last)
 
     def as_lists(self) -> list[list[int]]:
         """[first, last, every] for each stride, as a manifest has it."""
@@ -62,4 +70,8 @@ class History:
         listed = sum(stride.count for stride in strides)
         if listed > n_averaged:
             raise ValueError(f"{listed} steps are listed for {n_averaged} updates")
-        return cls(strides[-MAX_STRIDES:], n_averaged)
+        return cls(_shortened(strides), n_averaged)
+
+
+def _shortened(strides: tuple[Stride, ...]) -> tuple[Stride, ...]:
+    return strides if len(strides) <= MAX_STRIDES else (strides[0], *strides[1 - MAX_STRIDES :])

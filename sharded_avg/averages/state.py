@@ -83,7 +83,7 @@ class State:
 
     def _take_in(self, step: int) -> None:
         self.arrange(admit=True)
-        self.store.update(self.rules, {name: history.n_averaged for name, history in self.histories.items()})
+        self.store.update(self.rules, {name: history.moment(step) for name, history in self.histories.items()})
         self.histories = {name: history.after(step) for name, history in self.histories.items()}
 
     def look(self, *, live: bool = False) -> None:
@@ -143,6 +143,11 @@ class State:
         if name not in self.rules:
             raise ConfigError(f"name={name!r}: this object keeps the averages {list(self.rules)}; name one of them")
         return name
+
+    def about(self, name: str | None) -> tuple[AbstractRule, History, str]:
+        """The rule, history and name of an average."""
+        name = self.resolve(name)
+        return self.rules[name], self.histories[name], name
 
     def started(self, name: str | None) -> str:
         """As `resolve`, of an average that has had an update. Raises `NotStartedError`."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..rules.base import AbstractRule
+from ..rules.base import AbstractRule, Moment
 from ..shard import Shard
 from ..tensors import Row, chunk_numel, coalesce, is_dense, pack
 from ..weights.names import collector_paused
@@ -181,14 +181,14 @@ class Store:
             batches.append(Batch(live, current, [[row[1 + i] for row in rows] for i in range(len(self.names))]))
         return batches
 
-    def update(self, rules: Mapping[str, AbstractRule], counts: Mapping[str, int]) -> None:
-        """One read of the live weights updates every average; an average with count 0 copies them. Local."""
+    def update(self, rules: Mapping[str, AbstractRule], moments: Mapping[str, Moment]) -> None:
+        """One read of the live weights updates every average; an average that begins copies them. Local."""
         for batch in self._batches:
             if batch.current is not batch.live:
                 torch._foreach_copy_(batch.current, batch.live)
             for name, averaged in zip(self.names, batch.averaged, strict=True):
-                if counts[name]:
-                    rules[name].update_(averaged, batch.current, counts[name])
+                if moments[name].num_averaged:
+                    rules[name].update_(averaged, batch.current, moments[name])
                 else:
                     torch._foreach_copy_(averaged, batch.current)
 

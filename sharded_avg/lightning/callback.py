@@ -216,9 +216,9 @@ class WeightAveraging(Callback):
         self._latest_update_step = trainer.global_step
         if not self.log_every_n_updates or weights.average.n_averaged % self.log_every_n_updates:
             return
-        values, n = {"average/distance": weights.average.distance()}, weights.average.n_averaged
+        values = {"average/distance": weights.average.distance()}
         if isinstance(self.rule, AbstractLerpRule):
-            values["average/decay"] = 1 - self.rule.weight(n - 1) if n > 1 else 0.0  # the first update copies
+            values["average/decay"] = weights.average.decay()
         # To the loggers themselves: what a module logs in one batch, Lightning repeats in the batches after it.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

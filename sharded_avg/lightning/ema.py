@@ -23,7 +23,8 @@ class EMAWeightAveraging(WeightAveraging):
     Args:
         device: see `WeightAveraging`.
         use_buffers: see `WeightAveraging`.
-        decay: share of the average that stays at an update.
+        decay: share of the average that stays at an update, whatever the stride, as in Lightning; for a half-life in
+            steps, use `WeightAveraging(rule=EMA.from_half_life(steps))`.
         update_every_n_steps: optimizer steps from one update to the next; 0 is once an epoch.
         update_starting_at_step: first optimizer step that may update.
         update_starting_at_epoch: first epoch that may update.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError
-from .base import AbstractRule
+from .base import AbstractRule, Moment
 
 AvgFn = Callable[[Tensor, Tensor, int], Tensor]
 MultiAvgFn = Callable[[list[Tensor], list[Tensor], int], None]
@@ -36,12 +36,12 @@ class CustomRule(AbstractRule):
         if not callable(getattr(self, given[0])):
             raise ConfigError(f"CustomRule({given[0]}={getattr(self, given[0])!r}): must be callable")
 
-    def update_(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: int) -> None:
+    def update_(self, averaged: Sequence[Tensor], current: Sequence[Tensor], at: Moment) -> None:
         if self.multi_avg_fn is not None:
-            self.multi_avg_fn(list(averaged), list(current), num_averaged)
+            self.multi_avg_fn(list(averaged), list(current), at.num_averaged)
         elif self.avg_fn is not None:
             for average, live in zip(averaged, current, strict=True):
-                average.copy_(self._checked(self.avg_fn(average, live, num_averaged), average))
+                average.copy_(self._checked(self.avg_fn(average, live, at.num_averaged), average))
 
     @staticmethod
     def _checked(result: object, average: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .base import AbstractLerpRule
+from .base import AbstractLerpRule, Moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class SWA(AbstractLerpRule):
     Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018, section 3.
     """
 
-    def weight(self, num_averaged: int) -> float:
-        return 1 / (num_averaged + 1)
+    def weight(self, at: Moment) -> float:
+        return 1 / (at.num_averaged + 1)
 
     def settings(self) -> dict[str, Any]:
         return {"kind": "SWA"}

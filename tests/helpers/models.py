@@ -10,12 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharded_avg import EMA, SWA, CustomRule, ShardedAverage
+from sharded_avg import (
+    EMA,
+    SWA,
+    CosineMerge,
+    CustomRule,
+    PolynomialAverage,
+    PowerAverage,
+    ShardedAverage,
+    decays,
+)
 from sharded_avg.rules.base import AbstractRule
 
 SEVERAL = "several"
@@ -135,6 +145,27 @@ def _mean(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
     return torch.lerp(average, live, 1 / (num_averaged + 1))
 
 
+def _half_life(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 - 2.0 ** (-1 / 3))
+
+
+def _debiased(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 - (1 - (1 - 0.9) / (1 - 0.9 ** (num_averaged + 1))))
+
+
+def _power(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 1 - (num_averaged / (num_averaged + 1)) ** 0.5)
+
+
+def _polynomial(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    return torch.lerp(average, live, 3 / (num_averaged + 3))
+
+
+def _cosine_merge(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
+    before, after = (0.5 * (1 + cos(pi * n / 7)) for n in (num_averaged, num_averaged + 1))
+    return torch.lerp(average, live, (before - after) / (1 - after))
+
+
 @dataclass(frozen=True)
 class Formula:
     """A rule, and what it does to one full tensor: (average, live, updates so far) -> average."""
@@ -148,6 +179,11 @@ FORMULAS = {
     "ema_warmup": Formula(EMA(decay=0.9, warmup=True), _ema_with_warmup),
     "swa": Formula(SWA(), _mean),
     "avg_fn": Formula(CustomRule(avg_fn=three_to_one), three_to_one),
+    "half_life": Formula(EMA.from_half_life(3), _half_life),
+    "debiased": Formula(EMA(decay=decays.Debiased(decay=0.9)), _debiased),
+    "power": Formula(PowerAverage.merge_1_sqrt(), _power),
+    "polynomial": Formula(PolynomialAverage(2), _polynomial),
+    "cosine_merge": Formula(CosineMerge(7), _cosine_merge),
     "multi_avg_fn": Formula(CustomRule(multi_avg_fn=three_to_one_), _three_to_one_full),
 }
 
@@ -168,9 +204,12 @@ class Variant:
         return ShardedAverage(model, rules if len(rules) > 1 else rules[self.formulas[0]], **self.arguments)
 
 
-# Every rule alone, in fp32; what differs between dtypes does not differ between rules, so those go with one rule.
+# Every kind of rule alone, in fp32; what differs between dtypes does not differ between rules, so those go with one
+# rule. Rules that are a weight w(n) and no more go together.
+WEIGHTED = ("half_life", "debiased", "power", "polynomial", "cosine_merge")
 VARIANTS = {
-    **{name: Variant((name,)) for name in FORMULAS},
+    **{name: Variant((name,)) for name in FORMULAS if name not in WEIGHTED},
+    "weighted": Variant(WEIGHTED),
     SEVERAL: Variant(("ema", "swa")),
     "own_dtype": Variant(("ema",), {"dtype": None}),
     "float64": Variant(("ema",), {"dtype": torch.float64}),

@@ -56,7 +56,7 @@ KNOWN_TO = {
     "torch.distributed.checkpoint": {"saved"},
 }
 
-MAX_PUBLIC_NAMES = 20
+MAX_PUBLIC_NAMES = 28
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
 

@@ -6,13 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from math import cos, pi
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sharded_avg
-from sharded_avg import EMA, SWA, AbstractRule, CustomRule, ShardedAverage
+from sharded_avg import (
+    EMA,
+    SWA,
+    AbstractRule,
+    CosineMerge,
+    CustomRule,
+    PolynomialAverage,
+    PowerAverage,
+    ShardedAverage,
+    decays,
+)
 
 from ..check import check
 from ..reference import DECAY, ByHand, Formula, State, assert_same, ema, lerp, swa, trained, warming
@@ -47,6 +58,11 @@ def mixed_lists(averages: list[Tensor], lives: list[Tensor], n: int) -> None:
     torch._foreach_add_(averages, lives, alpha=1 - DECAY)
 
 
+def _merged(n: int) -> float:
+    before, after = (0.5 * (1 + cos(pi * k / 9)) for k in (n, n + 1))
+    return (before - after) / (1 - after)
+
+
 def _each(averages: list[Tensor], lives: list[Tensor], n: int) -> None:
     for average, live in zip(averages, lives, strict=True):
         average.copy_(mixed(average, live, n))
@@ -56,7 +72,13 @@ ROWS = {
     "ema": Row(partial(EMA, decay=DECAY), ema),
     "ema_warmup": Row(partial(EMA, decay=DECAY, warmup=True), warming),
     "ema_half_life": Row(partial(EMA.from_half_life, 3), lerp(lambda n: 1 - 2.0 ** (-1 / 3))),
+    "debiased": Row(
+        partial(EMA, decay=decays.Debiased(decay=DECAY)), lerp(lambda n: 1 - (1 - (1 - DECAY) / (1 - DECAY ** (n + 1))))
+    ),
     "swa": Row(SWA, swa),
+    "power": Row(PowerAverage.merge_1_sqrt, lerp(lambda n: 1 - (n / (n + 1)) ** 0.5)),
+    "polynomial": Row(partial(PolynomialAverage, 2), lerp(lambda n: 3 / (n + 3))),
+    "cosine_merge": Row(partial(CosineMerge, 9), lerp(_merged)),
     "avg_fn": Row(partial(CustomRule, avg_fn=mixed), _each),
     "multi_avg_fn": Row(partial(CustomRule, multi_avg_fn=mixed_lists), mixed_lists, _TWO_CALLS_ULPS),
 }

@@ -1,6 +1,6 @@
 """Saved under any engine on any number of ranks, loaded under any other: the same bits, and the run goes on.
 
-Every SAVER trains, updates two averages (one with warm-up) and saves; every loader then reads all of those folders (or,
+Every SAVER trains, updates averages of several rules and saves; every loader then reads all of those folders (or,
 without --all, its own, the one before and the one after: each engine and the next), compares the gathered averages with
 what the saver gathered, and takes one more update, which must equal the formula applied to full tensors.
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from sharded_avg import CheckpointError, ShardedAverage
 from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine
 from tests.helpers.further import further
-from tests.helpers.models import FORMULAS, Variant, awkward
+from tests.helpers.models import FORMULAS, WEIGHTED, Variant, awkward
 from tests.helpers.pool import on_ranks, run_on_ranks, under_torchrun
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
-VARIANT = Variant(("ema_warmup", "swa"))
+VARIANT = Variant(("ema_warmup", "swa", *WEIGHTED))
 NUM_STEPS = 3
 ALL_ROWS = {"plain": ONE_PROCESS, **ENGINES}
 SAVERS = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_avg import EMA, SWA, CustomRule, ShardedAverage
+from sharded_avg import EMA, SWA, CustomRule, Moment, ShardedAverage
 from sharded_avg.averages.store import Store
 from sharded_avg.shard import Box, Shard
 
@@ -331,7 +331,7 @@ def test_a_rank_without_elements_is_arranged_too() -> None:
     store.arrange([shard("a", torch.ones(0))])
     assert store.arranged
     assert store.nbytes == 0
-    store.update({"average": SWA()}, {"average": 3})
+    store.update({"average": SWA()}, {"average": Moment(3)})
     assert store.view("average", "a").shape == (0,)
 
 
@@ -357,7 +357,7 @@ def test_joiners_start_as_copies_and_leave_the_others_alone() -> None:
     assert [s.name for s in new] == ["a", "c"]
     assert torch.equal(store.view("average", "b"), held)
     assert all(torch.equal(store.view("average", name), live[name]) for name in ("a", "c"))
-    store.update({"average": EMA(decay=DECAY)}, {"average": 1})
+    store.update({"average": EMA(decay=DECAY)}, {"average": Moment(1)})
     assert torch.equal(store.view("average", "b"), held.lerp(live["b"], 1 - DECAY))
     assert store.arrange([shard(name, tensor) for name, tensor in live.items()]) == []
 
@@ -387,7 +387,7 @@ def test_neighbours_are_one_call() -> None:
     def count(averaged: list[Tensor], current: list[Tensor], n: Any) -> None:
         calls.append(len(averaged))
 
-    store.update({"average": CustomRule(multi_avg_fn=count)}, {"average": 1})
+    store.update({"average": CustomRule(multi_avg_fn=count)}, {"average": Moment(1)})
     assert calls == [1]
 
 
