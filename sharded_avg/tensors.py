@@ -13,12 +13,19 @@ Grouping happens once; the work itself allocates nothing.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 Row = tuple[Tensor, ...]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor; does not import torch.distributed.tensor, which takes seconds, to find out."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_dense(tensor: Tensor) -> bool:

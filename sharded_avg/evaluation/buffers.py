@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from ..ranks import all_or_none, comm_device, everyone, gather_objects, size_of
+from ..tensors import is_dtensor
 from ..weights import names
 from ..weights.buffers import left_live
 from .kept import Kept, is_writable, require_module
@@ -60,7 +60,7 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
 
 
 def _can_be_averaged(buffer: Tensor) -> bool:
-    return buffer.is_floating_point() and not isinstance(buffer, DTensor) and is_writable(buffer)
+    return buffer.is_floating_point() and not is_dtensor(buffer) and is_writable(buffer)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@
     settle    equal claims -> one rank writes the piece; claims that differ -> refused: half of the values would be lost
 
 Where the ranks of an engine divide a tensor among them, no two hold one piece, and no values are read. A user's own
-`dcp.save` gives us no word between planning and writing: there, a ClaimIndex refuses to be equal to another rank's
-claim on the same piece, and so stops DCP's planner.
+`dcp.save` gives us no word between planning and writing: there, a ClaimIndex (`dcp.py`) refuses to be equal to another
+rank's claim on the same piece, and so stops DCP's planner.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from ..errors import CheckpointError
 from ..files.stored import bytes_of
-from ..shard import Box
+from ..shard import Box, Patch
 
 _MOST_NAMES = 5  # in an error
 
@@ -55,6 +54,13 @@ class Claim(NamedTuple):
     dtype: str
     checksum: int
     nbytes: int
+
+
+def window(local: Tensor, patch: Patch) -> Tensor:
+    """The part of a rank's local tensor that fills a Box, shaped like it."""
+    if local.ndim == len(patch.box.lengths) and local.numel() == patch.box.numel:
+        return local.view(patch.box.lengths) if local.is_contiguous() else local
+    return local.view(-1)[patch.start : patch.stop].view(patch.box.lengths)
 
 
 def may_be_held_twice(box: Box, shape: tuple[int, ...], num_ranks: int) -> bool:
@@ -100,11 +106,12 @@ def settle(claims: Sequence[Sequence[Claim]]) -> list[set[Place]]:
                 left[rank].add(place)
     if apart:
         names = list(dict.fromkeys(name for name, _ in apart))
-        raise CheckpointError(_apart(names, apart[0][1]))
+        raise CheckpointError(apart_error(names, apart[0][1]))
     return left
 
 
-def _apart(names: list[str], ranks: list[int]) -> str:
+def apart_error(names: list[str], ranks: list[int]) -> str:
+    """What to say of pieces that differ, and what to do."""
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
     return (
         f"ranks {ranks} each hold the same piece of {shown}, with other values or sizes: saved together, all but one "
@@ -113,38 +120,3 @@ def _apart(names: list[str], ranks: list[int]) -> str:
         "them as a DTensor, or leave them out with include=. If they should be equal, find out why they are not, "
         "broadcast them from one rank, and tell with process_group= which ranks hold the model together"
     )
-
-
-class ClaimIndex(MetadataIndex):
-    """DCP's index of a piece until its planner has gone through all ranks' plans; then a plain one takes its place.
-
-    DCP looks for duplicates in a dict, and gives each index that it keeps a number, by `dataclasses.replace`.
-    """
-
-    claim: Any
-    rank: int
-
-    def __new__(
-        cls, fqn: str, offset: Sequence[int] | None = None, index: int | None = None, claim: Any = None, rank: int = 0
-    ) -> Any:
-        if claim is None:
-            return MetadataIndex(fqn, offset, index)
-        return object.__new__(cls)
-
-    def __init__(
-        self, fqn: str, offset: Sequence[int] | None = None, index: int | None = None, claim: Any = None, rank: int = 0
-    ) -> None:
-        super().__init__(fqn, offset, index)
-        object.__setattr__(self, "claim", claim)
-        object.__setattr__(self, "rank", rank)
-
-    def __reduce__(self) -> Any:
-        return ClaimIndex, (self.fqn, self.offset, self.index, self.claim, self.rank)
-
-    def __eq__(self, other: object) -> bool:
-        equal = isinstance(other, MetadataIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
-        if equal and isinstance(other, ClaimIndex) and self.claim != other.claim:
-            raise CheckpointError(_apart([self.fqn], sorted((self.rank, other.rank))))
-        return equal
-
-    __hash__ = MetadataIndex.__hash__

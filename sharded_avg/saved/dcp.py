@@ -12,7 +12,7 @@ exist and a checkpoint saved before the first update can be loaded like any othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ..errors import CheckpointError
 from ..ranks import everyone, size_of
 from ..shard import Box, Patch, Region, patches
-from .claims import ClaimIndex, Piece, claim_of, may_be_held_twice
+from .claims import Piece, apart_error, claim_of, may_be_held_twice, window
 
 NOT_STARTED = "not started"
 
@@ -34,11 +34,39 @@ def chunk_of(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.lengths))
 
 
-def window(local: Tensor, patch: Patch) -> Tensor:
-    """The part of a rank's local tensor that fills a Box, shaped like it."""
-    if local.ndim == len(patch.box.lengths) and local.numel() == patch.box.numel:
-        return local.view(patch.box.lengths) if local.is_contiguous() else local
-    return local.view(-1)[patch.start : patch.stop].view(patch.box.lengths)
+class ClaimIndex(MetadataIndex):
+    """DCP's index of a piece until its planner has gone through all ranks' plans; then a plain one takes its place.
+
+    DCP looks for duplicates in a dict, and gives each index that it keeps a number, by `dataclasses.replace`.
+    """
+
+    claim: Any
+    rank: int
+
+    def __new__(
+        cls, fqn: str, offset: Sequence[int] | None = None, index: int | None = None, claim: Any = None, rank: int = 0
+    ) -> Any:
+        if claim is None:
+            return MetadataIndex(fqn, offset, index)
+        return object.__new__(cls)
+
+    def __init__(
+        self, fqn: str, offset: Sequence[int] | None = None, index: int | None = None, claim: Any = None, rank: int = 0
+    ) -> None:
+        super().__init__(fqn, offset, index)
+        object.__setattr__(self, "claim", claim)
+        object.__setattr__(self, "rank", rank)
+
+    def __reduce__(self) -> Any:
+        return ClaimIndex, (self.fqn, self.offset, self.index, self.claim, self.rank)
+
+    def __eq__(self, other: object) -> bool:
+        equal = isinstance(other, MetadataIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
+        if equal and isinstance(other, ClaimIndex) and self.claim != other.claim:
+            raise CheckpointError(apart_error([self.fqn], sorted((self.rank, other.rank))))
+        return equal
+
+    __hash__ = MetadataIndex.__hash__
 
 
 class ShardItem(Tensor):

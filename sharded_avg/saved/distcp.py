@@ -15,8 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from ..errors import CheckpointError
 from ..files.stored import bytes_of
@@ -63,6 +61,9 @@ def write_pieces(stream: BinaryIO, file: str, pieces: Iterable[Piece], objects: 
 
 def index_of(ranks: Sequence[Sequence[Written]]) -> bytes:
     """The index of what each rank has written. Raises `CheckpointError` unless every tensor is whole."""
+    from torch.distributed.checkpoint import metadata as dcp  # a second to import, for rank 0 only
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
     tensors: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
     places: dict[dcp.MetadataIndex, _StorageInfo] = {}
     properties: dict[torch.dtype, dcp.TensorProperties] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,12 @@ from ..rules.schedule import schedule_settings
 from ..shard import Box, Shard, patches
 from ..version import __version__
 from ..weights.members import Members
-from .claims import Piece
-from .dcp import ShardItem, window
+from .claims import Piece, window
 from .manifest import BESIDE_KEY, AverageRecord, Manifest, TensorRecord
 from .plain import encode
+
+if TYPE_CHECKING:
+    from .dcp import ShardItem
 
 
 class Incoming:
@@ -56,6 +58,8 @@ def items_of(
     left_out: Collection[str] = (),
 ) -> dict[str, ShardItem]:
     """The items of one average; `present` tells where a value is now, and is `None` before the first update."""
+    from .dcp import ShardItem  # with it comes torch.distributed.checkpoint, which takes a second to import
+
     group = members.layout.group
     items = {}
     for shard in members.averaged:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..averages.state import State
 from ..files.dcp_folder import DcpFolder
 from ..shard import Shard, patches
-from .dcp import window
+from .claims import window
 from .fit import LoadResult
 from .items import Incoming
 from .manifest import Manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -77,3 +78,39 @@ def test_import_says_which_torch_is_needed() -> None:
         "sharded_avg.errors.EngineVersionError: torch 2.6.0+cu124 is older than what sharded_avg 0.1.0 works with; "
         f"pip install 'torch>=2.7,<={WORKS_WITH['torch'].newest}'"
     )
+
+
+IMPORTED = """
+import sys, time
+import torch
+before, began = set(sys.modules), time.process_time()
+import sharded_avg
+print(time.process_time() - began, *(name for name in set(sys.modules) - before if name.startswith("torch.")))
+"""
+
+
+def imported(cache: Path) -> tuple[float, set[str]]:
+    """CPU seconds that `import sharded_avg` takes after `import torch`, and which modules of torch it brings."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED],
+        cwd=ROOT,
+        env=environment | {"PYTHONPYCACHEPREFIX": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    seconds, *names = done.stdout.split()
+    return float(seconds), set(names)
+
+
+def test_import_brings_no_further_part_of_torch(tmp_path: Path) -> None:
+    """torch.distributed.tensor, .fsdp and .checkpoint take a second each: they wait until somebody needs them."""
+    assert imported(tmp_path)[1] <= {"torch.nn.utils.prune"}
+
+
+@pytest.mark.further
+def test_import_time(tmp_path: Path) -> None:
+    imported(tmp_path)  # compiles
+    assert min(imported(tmp_path)[0] for _ in range(3)) <= 0.1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -10,13 +13,24 @@ from torch.nn.parameter import is_lazy
 from ...errors import ConfigError, UnsupportedModelError
 from .. import names
 from .base import AbstractLayout
-from .dtensor import DTensorLayout
 from .fsdp1 import Fsdp1Layout
 from .replicated import ReplicatedLayout
 from .zero import ZeroLayout, looks_like_zero
 
-# The most specific first; the last one claims everything.
-LAYOUTS: tuple[type[AbstractLayout], ...] = (ZeroLayout, Fsdp1Layout, DTensorLayout, ReplicatedLayout)
+
+def layouts() -> Iterator[type[AbstractLayout]]:
+    """The most specific first; the last one claims everything.
+
+    Where torch's engine has not been imported, nobody has wrapped a model with it, and to import it would take seconds.
+    """
+    yield ZeroLayout
+    if "torch.distributed.fsdp" in sys.modules:
+        yield Fsdp1Layout
+    if "torch.distributed.tensor" in sys.modules:
+        from .dtensor import DTensorLayout
+
+        yield DTensorLayout
+    yield ReplicatedLayout
 
 
 def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> AbstractLayout:
@@ -52,7 +66,7 @@ def layout_class(model: nn.Module) -> type[AbstractLayout]:
             f"the parameters of this {type(model).__name__} belong to DeepSpeed, which steps them or masters of "
             "them: pass the engine that deepspeed.initialize returned, not the module inside it"
         )
-    return next(layout for layout in LAYOUTS if layout.claims(model))
+    return next(layout for layout in layouts() if layout.claims(model))
 
 
 def _engine_in(model: nn.Module) -> nn.Module:
