@@ -1,4 +1,6 @@
-"""The command line: `sharded-avg inspect | consolidate | merge | convert | doctor`, also as `python -m sharded_avg`.
+"""The command line: `sharded-avg inspect | consolidate | merge | window | posthoc | convert | doctor`.
+
+Also as `python -m sharded_avg`.
 
 Each command is a module with `add_to(commands)`, which adds its arguments and says what runs them; COMMANDS lists them.
 Exit codes, for scripts:
@@ -24,11 +26,11 @@ from typing import Any
 
 from ..errors import CheckpointError, ConfigError, NotStartedError, ShardedAvgError
 from ..version import __version__
-from . import consolidate, convert, doctor, inspect, merge
+from . import consolidate, convert, doctor, inspect, merge, posthoc, window
 from .arguments import joined_numbers
 from .progress import say
 
-COMMANDS = (inspect, consolidate, merge, convert, doctor)
+COMMANDS = (inspect, consolidate, merge, window, posthoc, convert, doctor)
 OK, FAILED, USAGE, REFUSED = 0, 1, 2, 3
 
 

@@ -106,19 +106,20 @@ def table(found: Mapping[str, Any]) -> str:
         rows = [["average", "updates", "rule"]]
         for name, record in found["averages"].items():
             rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?")])
-        lines += ["", *_columns(rows)]
+        lines += ["", *columns(rows)]
     else:
         lines.append("  averages   none: these are plain weights")
     if found.get("provenance"):
         lines.append(f"  made by    {_inline(found['provenance'])}")
     if "tensors" in found:
         lines.append("")
-        lines += _columns([[name, str(t["shape"]), t["dtype"]] for name, t in found["tensors"].items()])
+        lines += columns([[name, str(t["shape"]), t["dtype"]] for name, t in found["tensors"].items()])
     # Names come from a file that anyone may have made: no control characters reach the terminal.
     return "\n".join("".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines)
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
+def columns(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

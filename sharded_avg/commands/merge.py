@@ -15,7 +15,8 @@ from ..formats.open import StrPath, open_source
 from .arguments import DTYPES, add_allow_nonfinite, add_dtype, add_name, numbers
 from .order import given_twice, order_of_steps
 from .progress import Report, progress, say
-from .target import Target, averaged_names, exported_facts, guess_format, some_of
+from .provenance import facts_of_sum
+from .target import Target, guess_format, some_of
 from .weighted_sum import WSM_SHAPES, WeightedSum, given, uniform, window, wsm
 
 
@@ -59,32 +60,7 @@ def merge(
         order = order_of_steps(sources, opened, matters=len({round(weight, 12) for weight in weights}) > 1)
         sources, opened = [sources[i] for i in order], [opened[i] for i in order]
     merged = WeightedSum(opened, weights, accumulate=accumulate, dtype=dtype, allow_nonfinite=allow_nonfinite)
-    first, *others = [source.facts.get("aliases", {}) for source in opened]
-    shared = {alias: name for alias, name in first.items() if all(other.get(alias) == name for other in others)}
-    parts = [
-        {"path": Path(path).name, "weight": weight, **exported_facts({**source.facts, "aliases": None})}
-        for path, weight, source in zip(sources, weights, opened, strict=True)
-    ]
-    provenance = {
-        "kind": "merge",
-        "method": method,
-        "accumulate": str(accumulate).removeprefix("torch."),
-        "sources": parts,
-    }
-    names = {source.facts.get("average") for source in opened}
-    steps = [step for source in opened if isinstance(step := source.facts.get("step"), int)]
-    # Averages of one run have most updates in common: the one that took in most stands for all.
-    longest = max(opened, key=lambda source: source.facts.get("n_averaged") or 0).facts
-    facts = {
-        "average": (names.pop() if len(names) == 1 else None) or "average",
-        "n_averaged": longest.get("n_averaged") or len(opened),
-        "updates": longest.get("updates"),
-        "step": max(steps, default=0),
-        "rule": {"kind": "merge", "method": method},
-        "provenance": provenance,
-        "aliases": shared,
-        "averaged": averaged_names(opened[0]),
-    }
+    facts = facts_of_sum(sources, opened, weights, {"kind": "merge", "method": method}, accumulate)
     target.write(merged, facts, report)
     return merged
 

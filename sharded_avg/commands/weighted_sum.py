@@ -7,7 +7,7 @@ WeightedSum                  the sum, as a source: computed when it is read, a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -17,6 +17,7 @@ from ..errors import CheckpointError, ConfigError
 from ..files.rounded import AbstractRounded, is_real
 from ..files.source import AbstractSource, TensorInfo, is_extra
 from ..shard import Box
+from .target import some_of
 
 WSM_SHAPES: dict[str, Callable[[float], float]] = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
 
@@ -72,28 +73,37 @@ class WeightedSum(AbstractRounded):
         accumulate: torch.dtype = torch.float64,
         dtype: torch.dtype | None = None,
         allow_nonfinite: bool = False,
+        summed: Container[str] | None = None,
     ) -> None:
+        """`summed`: names of what is summed, where not all that is floating-point is."""
         super().__init__(allow_nonfinite=allow_nonfinite)
         if len(sources) != len(weights) or not sources:
             raise ConfigError(f"{len(weights)} weights for {len(sources)} sources: give one for each")
         if not any(weights):
             raise ConfigError("every weight is 0, so there is nothing to sum")
+        self._summed = {
+            name
+            for source in sources
+            for name, info in source.infos.items()
+            if is_real(info.dtype) and not is_extra(name) and (summed is None or name in summed)
+        }
         for number, source in enumerate(sources[1:], start=2):
-            _refuse_misfits(sources[0].infos, source.infos, number)
+            self._refuse_misfits(sources[0].infos, source.infos, number)
         self._terms = [(w, s) for w, s in zip(weights, sources, strict=True) if w]
         self._numbers = [number for number, weight in enumerate(weights, start=1) if weight]
         self._last = sources[-1]
         self._accumulate = accumulate
         self.extra = self._last.extra
         self.infos = {
-            name: _sum_info([source.infos[name] for source in sources], dtype) if _is_summed(name, info) else info
+            name: _sum_info([source.infos[name] for source in sources], dtype)
+            if name in self._summed
+            else _sum_info([info], dtype if info.dtype.is_floating_point and not is_extra(name) else None)
             for name, info in self._last.infos.items()
         }
         self.facts = {"format": "merge", "aliases": sources[0].facts.get("aliases", {})}
 
     def exact(self, name: str, box: Box | None = None) -> Tensor:
-        info = self._last.infos[name]
-        if not _is_summed(name, info):
+        if name not in self._summed:
             return self._last.read(name, box)
         wide = self._wide(name)
         (weight, first), *rest = self._terms
@@ -109,7 +119,7 @@ class WeightedSum(AbstractRounded):
         return torch.promote_types(self._accumulate, torch.complex64) if is_complex else self._accumulate
 
     def meant(self, name: str, box: Box | None, exact: Tensor) -> Tensor:
-        if not _is_summed(name, self._last.infos[name]):
+        if name not in self._summed:
             return super().meant(name, box, exact)
         (_, source), *rest = self._terms
         first = source.read(name, box).to(self._wide(name))
@@ -125,34 +135,24 @@ class WeightedSum(AbstractRounded):
                 return f"it is so in source {number}"
         return f"the sum is too large for {str(self._accumulate).removeprefix('torch.')}"
 
-
-def _is_summed(name: str, info: TensorInfo) -> bool:
-    return is_real(info.dtype) and not is_extra(name)
-
-
-def _refuse_misfits(first: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], number: int) -> None:
-    """Raise `CheckpointError` if names, or shapes of what is summed, differ, listing some of them."""
-    problems = {
-        "it lacks": [name for name in first if name not in other and not is_extra(name)],
-        "the first lacks": [name for name in other if name not in first and not is_extra(name)],
-        "shapes differ": [
-            f"{name}: {info.shape} and {other[name].shape}"
-            for name, info in first.items()
-            if _is_summed(name, info) and name in other and other[name].shape != info.shape
-        ],
-        "it cannot be summed": [
-            f"{name}: {info.dtype} and {other[name].dtype}"
-            for name, info in first.items()
-            if name in other and _is_summed(name, info) != _is_summed(name, other[name])
-        ],
-    }
-    told = "; ".join(
-        f"{what} {names[:10]}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        for what, names in problems.items()
-        if names
-    )
-    if told:
-        raise CheckpointError(f"source {number} does not fit the first: {told}. Nothing was written")
+    def _refuse_misfits(self, first: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo], number: int) -> None:
+        """Raise `CheckpointError` if names, or shapes of what is summed, differ, listing some of them."""
+        both = {name: (first[name], other[name]) for name in first if name in other and name in self._summed}
+        problems = {
+            "it lacks": [name for name in first if name not in other and not is_extra(name)],
+            "the first lacks": [name for name in other if name not in first and not is_extra(name)],
+            "shapes differ": [
+                f"{name}: {a.shape} and {b.shape}" for name, (a, b) in both.items() if a.shape != b.shape
+            ],
+            "it cannot be summed": [
+                f"{name}: {a.dtype} and {b.dtype}"
+                for name, (a, b) in both.items()
+                if is_real(a.dtype) != is_real(b.dtype)
+            ],
+        }
+        told = "; ".join(f"{what} {some_of(names)}" for what, names in problems.items() if names)
+        if told:
+            raise CheckpointError(f"source {number} does not fit the first: {told}. Nothing was written")
 
 
 def _sum_info(infos: Sequence[TensorInfo], dtype: torch.dtype | None) -> TensorInfo:
