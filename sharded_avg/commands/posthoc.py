@@ -62,8 +62,8 @@ def summary(snapshots: Sequence[Snapshot], mixture: Mixture) -> str:
     last = snapshots[-1]
     return (
         f"sigma_rel {sigma_rel_of(mixture.target.gamma):.4g} at step {last.step} ({last.record.n_averaged} updates): "
-        f"the profile is met to {_percent(mixture.error)} by {used} saves of {len(names)} averages; their coefficients are "
-        f"{min(mixture.coefficients):.4g} to {max(mixture.coefficients):.4g}"
+        f"the profile is met to {_percent(mixture.error)} by {used} of {len(snapshots)} saves of {len(names)} averages; their "
+        f"coefficients are {min(mixture.coefficients):.4g} to {max(mixture.coefficients):.4g}"
     )
 
 

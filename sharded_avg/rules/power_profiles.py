@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
+from .power import PowerAverage
 
 LEAST_GAMMA = -0.5  # of a profile with a finite norm; not included
-MOST_SIGMA_REL = sqrt(1 / 12)  # of equal weights
 _DEPENDENT = 1e-9  # of the largest singular value: what is below is rounding, and adds to no fit
 _NEGLIGIBLE = 1e-12  # what rounding leaves of a coefficient that is 0
 
@@ -97,8 +97,8 @@ class Mixture:
         total = fsum(solution)
         if not isfinite(total) or abs(total) < 1e-6:
             raise ConfigError(f"the profiles of {len(profiles)} saved averages have nothing in common with {target}")
-        shares = [x / total for x in solution]
-        return cls(target, tuple(profiles), tuple(x if abs(x) > _NEGLIGIBLE else 0.0 for x in shares))
+        kept = [x if abs(x) > _NEGLIGIBLE * abs(total) else 0.0 for x in solution]
+        return cls(target, tuple(profiles), tuple(x / fsum(kept) for x in kept))
 
 
 def _solved(profiles: Sequence[PowerProfile], target: PowerProfile) -> list[float]:
@@ -117,25 +117,13 @@ def _solved(profiles: Sequence[PowerProfile], target: PowerProfile) -> list[floa
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The gamma of a profile whose standard deviation is `sigma_rel` of its length (EDM2, algorithm 2).
-
-    The largest real root of gamma^3 + 7 gamma^2 + (16 - sigma_rel^-2) gamma + (12 - sigma_rel^-2), by halving: the
-    width falls with gamma, and is below 1 / gamma. Raises `ConfigError` unless 0 < sigma_rel <= sqrt(1/12) = 0.2886...
-    """
-    if isinstance(sigma_rel, bool) or not isinstance(sigma_rel, (int, float)) or not 0 < sigma_rel <= MOST_SIGMA_REL:
-        raise ConfigError(
-            f"sigma_rel={sigma_rel!r}: must be a number above 0 and at most {MOST_SIGMA_REL:.4f}, which is the plain "
-            "mean; 0.05 to 0.15 are common"
-        )
-    low, high = 0.0, 1 / sigma_rel
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (middle, high) if sigma_rel_of(middle) > sigma_rel else (low, middle)
-    return high
+    """The gamma of a profile whose standard deviation is `sigma_rel` of its length (PowerAverage.from_sigma_rel)."""
+    return PowerAverage.from_sigma_rel(sigma_rel).power - 1
 
 
 def sigma_rel_of(gamma: float) -> float:
-    """The standard deviation of a profile, relative to its length (EDM2, equation 123)."""
-    return sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+    """The standard deviation of a profile, relative to its length."""
+    return PowerAverage(gamma + 1).sigma_rel
 
 
 def gamma_of_rule(settings: Mapping[str, Any]) -> float | None:

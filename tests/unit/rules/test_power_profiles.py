@@ -45,7 +45,7 @@ def test_worked_sigma_rel(sigma_rel, gamma):
 
 @pytest.mark.parametrize("sigma_rel", [0, -0.1, 0.29, math.nan, True, "0.1"])
 def test_widths_that_there_are_not(sigma_rel):
-    with pytest.raises(ConfigError, match="sigma_rel="):
+    with pytest.raises(ConfigError, match="sigma_rel"):
         gamma_of(sigma_rel)
 
 
