@@ -59,11 +59,11 @@ def summary(snapshots: Sequence[Snapshot], mixture: Mixture) -> str:
     """How well the profile is met, in words."""
     names = {snapshot.name for snapshot in snapshots}
     used = sum(1 for coefficient in mixture.coefficients if coefficient)
-    last = snapshots[-1]
+    last, met = snapshots[-1], _percent(mixture.error)
     return (
         f"sigma_rel {sigma_rel_of(mixture.target.gamma):.4g} at step {last.step} ({last.record.n_averaged} updates): "
-        f"the profile is met to {_percent(mixture.error)} by {used} of {len(snapshots)} saves of {len(names)} averages; their "
-        f"coefficients are {min(mixture.coefficients):.4g} to {max(mixture.coefficients):.4g}"
+        f"the profile is met to {met} by {used} of {len(snapshots)} saves of {len(names)} averages; "
+        f"their coefficients are {min(mixture.coefficients):.4g} to {max(mixture.coefficients):.4g}"
     )
 
 
