@@ -11,14 +11,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
+from math import fsum
 from pathlib import Path
 from typing import Any
 
+from ..averages.history import History
+from ..averages.profile import moments
 from ..files.source import AbstractSource, TensorInfo
 from ..formats.open import StrPath, open_source
+from ..rules.from_settings import rule_of
 from ..saved.manifest import FORMAT
 from ..saved.sources import SavedAverages, saved_averages
 
+_MOST_SHARES = 1_000_000  # to sum for a horizon
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -26,8 +32,9 @@ def describe(path: StrPath, *, tensors: bool = False) -> dict[str, Any]:
     """What a path holds: "path", "format", "averages", "num_tensors", "num_parameters", "num_bytes", "dtypes", ...
 
     "averages" maps names to "n_averaged", "rule" and "updates", as far as they are known, and is empty for plain
-    weights. Numbers are of one average. With `tensors`, names, shapes and dtypes come too. Nothing but the index is
-    read. Raises `CheckpointError` for what cannot be read.
+    weights. For rules of this package there are "decay" (the share that stayed at the latest update) and "horizon"
+    (the effective number of updates in the average), too. Numbers are of one average. With `tensors`, names, shapes
+    and dtypes come too. Nothing but the index is read. Raises `CheckpointError` for what cannot be read.
     """
     saved = saved_averages(Path(path))
     if saved is not None:
@@ -37,6 +44,8 @@ def describe(path: StrPath, *, tensors: bool = False) -> dict[str, Any]:
 
 def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, Any]:
     manifest = asdict(saved.manifest)
+    for record in manifest["averages"].values():
+        record |= _told(record)
     infos: dict[str, TensorInfo] = {}
     extra: list[str] = []
     for name, record in saved.manifest.averages.items():
@@ -63,6 +72,7 @@ def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str
     facts = source.facts
     average = facts.get("average")
     record = {key: facts[key] for key in ("n_averaged", "rule", "updates") if key in facts}
+    record |= _told(record)
     aliases = facts.get("aliases", {})
     return {
         "path": os.fspath(path),
@@ -74,6 +84,23 @@ def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str
         "extra": list(source.extra),
         **_sizes({name: info for name, info in source.infos.items() if name not in aliases}, tensors),
     }
+
+
+def _told(record: Mapping[str, Any]) -> dict[str, float]:
+    """What follows from a rule and the updates: "decay", and "horizon", if that is of no more than so many updates."""
+    rule, n_averaged = record.get("rule"), record.get("n_averaged")
+    known = rule_of(rule) if isinstance(rule, Mapping) else None
+    if known is None or not isinstance(n_averaged, int) or n_averaged < 1:
+        return {}
+    try:
+        history = History.from_lists(record.get("updates") or (), n_averaged)
+        shares = known.shares(moments(history))
+        first = next(shares)
+        squares = fsum(share * share for share in (first, *islice(shares, _MOST_SHARES)))
+        complete = next(shares, None) is None
+    except (ArithmeticError, TypeError, ValueError):  # of a file that anyone might have made
+        return {}
+    return {"decay": 1 - first} | ({"horizon": 1 / squares} if complete and squares else {})
 
 
 def _sizes(infos: Mapping[str, TensorInfo], tensors: bool) -> dict[str, Any]:
@@ -103,9 +130,12 @@ def table(found: Mapping[str, Any]) -> str:
     if found["extra"]:
         lines.append(f"  extra      {len(found['extra'])} states of modules that are no tensors")
     if found["averages"]:
-        rows = [["average", "updates", "rule"]]
+        rows = [["average", "updates", "rule", "decay", "horizon"]]
         for name, record in found["averages"].items():
-            rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?")])
+            numbers = [f"{record[key]:.6g}" if key in record else "" for key in ("decay", "horizon")]
+            rows.append([name, str(record.get("n_averaged", "?")), _inline(record.get("rule") or "?"), *numbers])
+        if not any(row[3] for row in rows[1:]):
+            rows = [row[:3] for row in rows]
         lines += ["", *columns(rows)]
     else:
         lines.append("  averages   none: these are plain weights")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from sharded_avg import EMA, SWA, ShardedAverage
+from sharded_avg import EMA, SWA, Schedule, ShardedAverage
 from sharded_avg.commands.arguments import num_bytes
 from sharded_avg.commands.cli import main
+from sharded_avg.commands.inspect import _told
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.formats.open import open_source
@@ -46,6 +48,10 @@ def test_inspect_for_programs(saved, capsys):
     assert found["step"] == 1
     assert {name: record["n_averaged"] for name, record in found["averages"].items()} == {"ema": 1, "swa": 1}
     assert found["averages"]["ema"]["rule"]["decay"] == 0.5
+    assert {name: (record["decay"], record["horizon"]) for name, record in found["averages"].items()} == {
+        "ema": (0, 1),
+        "swa": (0, 1),
+    }  # of the first update, which copies
     assert (found["num_tensors"], found["num_parameters"], found["num_bytes"]) == (2, 20, 80)
     assert found["dtypes"] == ["float32"]
     assert found["tensors"]["weight"] == {"shape": [5, 3], "dtype": "float32"}
@@ -62,6 +68,34 @@ def test_inspect_for_people(saved, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "plain weights" in text
     assert "weight  [5, 3]  float32" in text
+
+
+def test_inspect_tells_decay_and_horizon(tmp_path, capsys):
+    """As the average that was saved tells them."""
+    net = nn.Linear(3, 5)
+    rules = {"ema": EMA(decay=0.9, warmup=True), "swa": SWA(), "step": EMA.from_half_life(3)}
+    average = ShardedAverage(net, rules, schedule=Schedule(every_steps=2))
+    for _ in range(14):
+        average.update()
+    average.save(tmp_path / "average")
+    assert main(["inspect", str(tmp_path / "average"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["averages"]
+    for name in ("ema", "swa", "step"):
+        assert found[name]["decay"] == pytest.approx(average.decay(name))
+        assert found[name]["horizon"] == pytest.approx(average.horizon(name))
+    assert found["swa"]["horizon"] == pytest.approx(7)
+    assert main(["inspect", str(tmp_path / "average")]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"average +updates +rule +decay +horizon", told)
+    assert re.search(r"swa +7 +SWA\(\) +0.857143 +7\n", told)
+    for rule in ({"kind": "of a later version"}, {"kind": "EMA", "decay": 7}, {"kind": "CustomRule", "function": "f"}):
+        assert _told({"rule": rule, "n_averaged": 7, "updates": [[2, 14, 2]]}) == {}
+
+
+def test_a_horizon_that_would_take_for_ever(tmp_path):
+    """Files say what they like."""
+    assert _told({"rule": {"kind": "SWA"}, "n_averaged": 10**15, "updates": []}).keys() == {"decay"}
+    assert _told({"rule": {"kind": "SWA"}, "n_averaged": 3, "updates": "nonsense"}) == {}
 
 
 def test_inspect_before_the_first_update(tmp_path, capsys):
