@@ -33,6 +33,7 @@ from .rules.base import AbstractRule, Moment
 from .rules.cosine_merge import CosineMerge
 from .rules.custom import CustomRule
 from .rules.ema import EMA
+from .rules.lawa import LAWA
 from .rules.polynomial import PolynomialAverage
 from .rules.power import PowerAverage
 from .rules.schedule import Schedule
@@ -46,6 +47,7 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "CustomRule",
     "EMA",
     "EngineVersionError",
+    "LAWA",
     "LayoutChangedError",
     "Moment",
     "NotStartedError",

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .averages import profile
-from .averages.arguments import as_buffers, as_device, as_dtype, as_rules, as_schedule, check_storage
+from .averages.arguments import as_buffers, as_device, as_dtype, as_rules, as_schedule, check_storage, rings_of
 from .averages.profile import Stretch
 from .averages.state import State
 from .averages.store import AverageDtype, Store
@@ -88,7 +88,7 @@ class ShardedAverage:
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         rules, when = as_rules(rule), as_schedule(schedule)
-        store = Store(tuple(rules), as_dtype(dtype), as_device(device))
+        store = Store(tuple(rules), as_dtype(dtype), as_device(device), rings_of(rules))
         members = Members(model, include, buffers=as_buffers(buffers), process_group=process_group)
         for shard in members.averaged:
             check_storage(shard.name, store.dtype_of(shard))

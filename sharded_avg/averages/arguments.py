@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..rules.base import AbstractRule
 from ..rules.schedule import Schedule, WhenFn
 from ..weights.buffers import BufferPolicy
+from .ring import Ring
 from .store import AverageDtype
 
 DEFAULT_NAME = "average"
@@ -38,6 +39,12 @@ def as_rules(rule: AbstractRule | Mapping[str, AbstractRule]) -> dict[str, Abstr
                 f"rule={{{name!r}: {value!r}}}: not a rule; use EMA(...), SWA() or CustomRule(avg_fn=...)"
             )
     return dict(rules)
+
+
+def rings_of(rules: Mapping[str, AbstractRule]) -> list[Ring]:
+    """Room for the snapshots that some rules keep."""
+    asked = {name: rule.snapshots() for name, rule in rules.items()}
+    return [Ring(name, size, dtype) for name, (size, dtype) in asked.items() if size]
 
 
 def as_schedule(schedule: WhenFn | None) -> WhenFn:

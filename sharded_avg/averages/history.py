@@ -50,6 +50,11 @@ class History:
             return History((*self.strides[:-1], longer), self.n_averaged + 1)
         return History(_shortened((*self.strides, Stride(step, step))), self.n_averaged + 1)
 
+    @property
+    def latest(self) -> int:
+        """The step of the latest update; 0 if there was none, or if it is not known."""
+        return self.strides[-1].last if self.strides else 0
+
     def moment(self, step: int) -> Moment:
         """Of an update at `step`. Where the steps of earlier ones are not known, there was one at every step."""
         if not self.strides:

@@ -55,19 +55,21 @@ class State:
         """See `ShardedAverage.update`. Local."""
         self.refuse_while_swapped("update()")
         if unscheduled:
-            self._take_in(max(1, self.step))
+            self._take_in(max(1, self.step), list(self.rules))
             return True
         attached = self._attached
         if self.layout.step_was_skipped() or (attached is not None and not attached.is_new):
             return False
-        due = bool(self.schedule(self.step + 1))
+        step, due = self.step + 1, []
+        if self.schedule(step):
+            due = [name for name, rule in self.rules.items() if rule.takes(step, self.histories[name].latest)]
         if due:
-            self._take_in(self.step + 1)
+            self._take_in(step, due)
         self.step += 1
         self.layout.count_step()
         if attached is not None:
             attached.count()
-        return due
+        return bool(due)
 
     def attach(self, optimizers: Iterable[Any]) -> None:
         """See `ShardedAverage.attach`. Local."""
@@ -81,10 +83,10 @@ class State:
         for optimizer in found:
             self._attached.watch(optimizer)
 
-    def _take_in(self, step: int) -> None:
+    def _take_in(self, step: int, names: list[str]) -> None:
         self.arrange(admit=True)
-        self.store.update(self.rules, {name: history.moment(step) for name, history in self.histories.items()})
-        self.histories = {name: history.after(step) for name, history in self.histories.items()}
+        self.store.update(self.rules, {name: self.histories[name].moment(step) for name in names})
+        self.histories = self.histories | {name: self.histories[name].after(step) for name in names}
 
     def look(self, *, live: bool = False) -> None:
         """For saving and handing out: as `arrange`, but what the model no longer has is left out.

@@ -3,6 +3,7 @@
     Arena   one flat tensor per (average, device, dtype) that holds the averaged shards one after the other, in the
             layout's order, so that live shards that lie together in memory have averages that lie together
     view    one shard's part of an arena, shaped and strided like the live shard
+    column  an average, or one of the snapshots that a rule keeps beside it (ring.py): each has arenas and views
     Batch   lists of pieces that one call of a rule works on, with the scratch that mixed dtypes or devices need
 
 Nothing is allocated before `arrange`, which the first update calls. `update` allocates nothing.
@@ -22,6 +23,7 @@ from ..rules.base import AbstractRule, Moment
 from ..shard import Shard
 from ..tensors import Row, chunk_numel, coalesce, is_dense, pack
 from ..weights.names import collector_paused
+from .ring import Ring, place_dtype, room_dtype, turn
 
 Key = tuple[torch.device, torch.dtype]
 AverageDtype = torch.dtype | Literal["auto"] | None
@@ -40,33 +42,46 @@ class Store:
     """The averaged shards of one or several averages on this rank.
 
     `dtype`: of the averages; "auto" is float32, or a shard's own where that is wider, and `None` each shard's own.
-    `device`: `None` is where the shard lives.
+    `device`: `None` is where the shard lives. `rings`: of the averages that keep snapshots, which lie in host memory.
     """
 
-    def __init__(self, names: Sequence[str], dtype: AverageDtype, device: torch.device | None) -> None:
+    def __init__(
+        self, names: Sequence[str], dtype: AverageDtype, device: torch.device | None, rings: Iterable[Ring] = ()
+    ) -> None:
         self.names = tuple(names)
+        self.rings = {ring.name: ring for ring in rings}
+        self._columns = [*self.names, *(column for ring in self.rings.values() for column in ring.columns)]
+        self._ring_of = {column: ring.name for ring in self.rings.values() for column in ring.columns}
+        self._in_flight: set[torch.device] = set()  # where snapshots may be on their way to the host
+        self._rooms: dict[tuple[str, Key], Tensor] = {}  # scratch for snapshots
         self._dtype = dtype
         self._device = device
         self._shards: dict[str, Shard] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # of the averages that are held, by shard
-        self._arenas: dict[str, dict[Key, Tensor]] = {name: {} for name in self.names}
-        self._views: dict[str, dict[str, Tensor]] = {name: {} for name in self.names}
+        self._arenas: dict[str, dict[Key, Tensor]] = {column: {} for column in self._columns}
+        self._views: dict[str, dict[str, Tensor]] = {column: {} for column in self._columns}
         self._scratch: dict[Key, Tensor] = {}
         self._batches: list[Batch] = []
         self.arranged = False  # whether it holds anything yet, or knows that this rank has nothing to hold
 
     def like(self) -> Store:
         """An empty store with the same settings."""
-        other = Store(self.names, self._dtype, self._device)
+        rings = [Ring(ring.name, ring.size, ring.dtype) for ring in self.rings.values()]
+        other = Store(self.names, self._dtype, self._device, rings)
         other._dtypes = dict(self._dtypes)
         return other
 
     def take_from(self, other: Store, names: Iterable[str]) -> None:
-        """Copy the averages `names` of the shards that both hold."""
+        """Copy the averages `names` of the shards that both hold, and their snapshots."""
+        other.settle()
         for name in names:
-            for shard_name, view in self._views[name].items():
-                if shard_name in other:
-                    view.copy_(other.view(name, shard_name))
+            ring = other.rings.get(name)
+            for column in (name, *(ring.columns if ring is not None else ())):
+                for shard_name, view in self._views[column].items():
+                    if shard_name in other:
+                        view.copy_(other.view(column, shard_name))
+            if ring is not None:
+                self.rings[name] = ring
 
     def rename(self, old: str, new: str) -> None:
         """A shard has another name from now on."""
@@ -84,14 +99,28 @@ class Store:
     @property
     def scratch_nbytes(self) -> int:
         """Bytes that `update` uses beside the arenas."""
-        return sum(scratch.nbytes for scratch in self._scratch.values())
+        return sum(scratch.nbytes for scratch in (*self._scratch.values(), *self._rooms.values()))
 
     def __contains__(self, shard_name: str) -> bool:
         return shard_name in self._shards
 
-    def view(self, average: str, shard_name: str) -> Tensor:
-        """The average of one shard, shaped like its live tensor."""
-        return self._views[average][shard_name]
+    def view(self, column: str, shard_name: str) -> Tensor:
+        """One column of one shard, an average most likely, shaped like its live tensor."""
+        return self._views[column][shard_name]
+
+    def snapshots(self, name: str) -> list[str]:
+        """The columns of the snapshots that are kept of an average, newest first, to be read on the host."""
+        ring = self.rings.get(name)
+        if ring is None:
+            return []
+        self.settle()
+        return [ring.column(age) for age in range(ring.filled)]
+
+    def settle(self) -> None:
+        """Before snapshots are read on the host: wait for those that are on their way to it."""
+        for device in self._in_flight:
+            torch.accelerator.synchronize(device)
+        self._in_flight.clear()
 
     def dtype_of(self, shard: Shard) -> torch.dtype:
         """The dtype in which a shard is averaged; complex parameters stay complex.
@@ -123,8 +152,8 @@ class Store:
         if new or [_footprint(s) for s in ordered] != [_footprint(s) for s in self._shards.values()]:
             self._allocate(ordered)
             for shard in new:
-                for name in self.names:
-                    self._views[name][shard.name].copy_(shard.tensor)
+                for column in self._columns:
+                    self._views[column][shard.name].copy_(shard.tensor)
         self._shards = {shard.name: shard for shard in ordered}
         self._batches = self._make_batches(ordered)
         self.arranged = True
@@ -138,8 +167,9 @@ class Store:
             sizes[key] = sizes.get(key, 0) + shard.tensor.numel()
         arenas: dict[str, dict[Key, Tensor]] = {}
         views: dict[str, dict[str, Tensor]] = {}
-        for name in self.names:
-            arenas[name] = {key: _empty(numel, key, shards) for key, numel in sizes.items()}
+        self.settle()
+        for name in self._columns:
+            arenas[name] = {key: _empty(numel, self._kept_as(name, key), shards) for key, numel in sizes.items()}
             views[name] = {}
             offsets = dict.fromkeys(sizes, 0)
             for key, shard in zip(keys, shards, strict=True):
@@ -151,8 +181,19 @@ class Store:
                 views[name][shard.name] = view
                 if shard.name in self._views[name]:
                     view.copy_(self._views[name][shard.name])
-        self._arenas, self._views = arenas, views
+        self._arenas, self._views, self._rooms = arenas, views, {}
+        for column, name in self._ring_of.items():
+            for key, arena in arenas[name].items():
+                dtype, numel = room_dtype(arena, arenas[column][key]), min(arena.numel(), chunk_numel(key[0]))
+                if dtype is not None and (name, key) not in self._rooms:
+                    self._rooms[name, key] = _empty(numel, (key[0], dtype), shards)
         self._dtypes = {shard.name: dtype for (_, dtype), shard in zip(keys, shards, strict=True)}
+
+    def _kept_as(self, column: str, key: Key) -> Key:
+        """Where and in which dtype a column of averages with this key lies."""
+        if column not in self._ring_of:
+            return key
+        return torch.device("cpu"), place_dtype(key[1], self.rings[self._ring_of[column]].dtype)
 
     def _make_batches(self, shards: list[Shard]) -> list[Batch]:
         """Group the shards into calls of the rules; scratch is allocated here, once for all batches of a key."""
@@ -182,15 +223,40 @@ class Store:
         return batches
 
     def update(self, rules: Mapping[str, AbstractRule], moments: Mapping[str, Moment]) -> None:
-        """One read of the live weights updates every average; an average that begins copies them. Local."""
+        """One read of the live weights updates the averages in `moments`; one that begins copies them. Local."""
         for batch in self._batches:
             if batch.current is not batch.live:
                 torch._foreach_copy_(batch.current, batch.live)
             for name, averaged in zip(self.names, batch.averaged, strict=True):
+                if name not in moments:
+                    continue
                 if moments[name].num_averaged:
                     rules[name].update_(averaged, batch.current, moments[name])
                 else:
                     torch._foreach_copy_(averaged, batch.current)
+        for name, ring in self.rings.items():
+            if name in moments:
+                self._turn(name, ring.advanced())
+
+    def _turn(self, name: str, ring: Ring) -> None:
+        """The average `name` holds the newest snapshot: keep it, and make the mean of those that are kept."""
+        for key, arena in self._arenas[name].items():
+            places = [self._arenas[ring.column(age)][key] for age in range(ring.filled)]
+            turn(arena, places, self._rooms.get((name, key)))
+            if key[0].type != "cpu":
+                self._in_flight.add(key[0])
+        self.rings[name] = ring
+
+    def begin_ring(self, name: str, filled: int) -> None:
+        """After a load, which has put the newest snapshot into the first place: so many are there.
+
+        If none are, the average stands for all of them.
+        """
+        ring = self.rings[name]
+        self.rings[name] = Ring(name, ring.size, ring.dtype, 0, filled or ring.size)
+        for column in ring.columns if not filled else ():
+            for shard_name, view in self._views[column].items():
+                view.copy_(self._views[name][shard_name])
 
 
 def _footprint(shard: Shard) -> tuple[object, ...]:

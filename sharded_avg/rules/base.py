@@ -8,6 +8,7 @@
         PowerAverage    w(n) = 1 - (n / (n + 1))^p                                              power.py
         PolynomialAverage  w(n) = (eta + 1) / (n + 1 + eta)                                     polynomial.py
         CosineMerge     weights in the shape of a cosine's slope, over so many steps            cosine_merge.py
+      LAWA              the mean of the latest snapshots, which are kept beside the average          lawa.py
       CustomRule        the user's function, with the signatures of torch.optim.swa_utils       custom.py
 
 n is the number of updates done before this one. The first update (n = 0) copies the weights, whatever the rule, so a
@@ -64,6 +65,14 @@ class AbstractRule(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """What to write into a checkpoint's manifest: JSON values only."""
+
+    def snapshots(self) -> tuple[int, torch.dtype | None]:
+        """How many snapshots are kept beside the average, and in which dtype; `None` is the average's own."""
+        return 0, None
+
+    def takes(self, step: int, latest: int) -> bool:
+        """Whether to update at `step`, one that the schedule chose; `latest` is the step of the latest update, or 0."""
+        return True
 
     def shares(self, moments: Iterable[Moment]) -> Iterator[float]:
         """What each of these updates, latest first, has of the average; the rest may be left out when it is negligible.

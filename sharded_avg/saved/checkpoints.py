@@ -27,7 +27,7 @@ from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
 from .folder import Part, Path, PendingSave, save_folder, save_folder_async
-from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of
+from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of, snapshot_items
 from .job import decided
 from .loading import Loading
 from .manifest import Manifest
@@ -129,7 +129,7 @@ class Checkpoints:
             _refuse_other_cuts(self._state, other)
             manifest = describe(other)
             loading = Loading(self._state, manifest, self._fit(manifest, strict=False))
-            loading.fill(lambda name, shard: other.store.view(name, shard.name))
+            loading.fill_from(other.store)
         loading.take_over()
 
     def _fit(self, manifest: Manifest, strict: bool) -> LoadResult:
@@ -150,6 +150,7 @@ class Checkpoints:
         for name, history in kept.histories.items():
             present = partial(kept.average_of, name) if history.n_averaged else None
             state[name] = items_of(name, kept.members, self._incoming, present=present)
+        state |= snapshot_items(kept, self._incoming)
         return state
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..averages.ring import place_dtype
 from ..averages.state import State
 from ..errors import CheckpointError
 from ..ranks import rank_in
@@ -75,6 +76,27 @@ def items_of(
     return items
 
 
+def snapshot_items(state: State, incoming: Incoming) -> dict[str, dict[str, ShardItem]]:
+    """The items of all snapshots that averages keep, by the average's name and age; those to come say so."""
+    store, group, items = state.store, state.group, {}
+    for name, ring in store.rings.items():
+        kept = dict(enumerate(store.snapshots(name)))
+        for age in range(ring.size):
+            target = incoming.store.rings[name].column(age)
+            items[f"{name}/{age}"] = {
+                shard.name: ShardItem(
+                    shard.shape,
+                    shard.region,
+                    place_dtype(store.dtype_of(shard), ring.dtype),
+                    store.view(kept[age], shard.name) if age in kept else None,
+                    lambda target=target, name=shard.name: incoming.view(target, name),  # type: ignore[misc]
+                    writes=_is_written_here(shard, group),
+                )
+                for shard in state.members.averaged
+            }
+    return items
+
+
 def pieces_of(state: State) -> Iterator[Piece]:
     """What this rank holds of every average that has started, where it lies now."""
     group = state.group
@@ -82,6 +104,8 @@ def pieces_of(state: State) -> Iterator[Piece]:
         for shard in state.members.averaged if history.n_averaged else ():
             if _is_written_here(shard, group):
                 yield from _pieces(f"{name}.{shard.name}", shard, state.average_of(name, shard))
+                for age, column in enumerate(state.store.snapshots(name)):
+                    yield from _pieces(f"{name}/{age}.{shard.name}", shard, state.store.view(column, shard.name))
 
 
 def beside_of(members: Members) -> Iterator[Piece]:
@@ -117,7 +141,12 @@ def describe(state: State) -> Manifest:
     averages = {}
     for name, rule in state.rules.items():
         history = state.histories[name]
-        averages[name] = AverageRecord(rule=rule.settings(), n_averaged=history.n_averaged, updates=history.as_lists())
+        averages[name] = AverageRecord(
+            rule=rule.settings(),
+            n_averaged=history.n_averaged,
+            updates=history.as_lists(),
+            snapshots=len(state.store.snapshots(name)),
+        )
     return Manifest(
         step=state.step,
         averages=averages,

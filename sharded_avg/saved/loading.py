@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..averages.state import State
+from ..averages.store import Store
 from ..files.dcp_folder import DcpFolder
 from ..shard import Shard, patches
 from .claims import window
@@ -31,6 +32,7 @@ class Loading:
         self._state = state
         self._left_out = {*result.missing_keys, *result.misfits}
         self.incoming = Incoming(state) if incoming is None else incoming
+        self._has_snapshots = True
         present = state.store
         records = manifest.averages
         self.started = [name for name in present.names if name in records and records[name].n_averaged]
@@ -47,17 +49,41 @@ class Loading:
                     target = self.incoming.view(name, shard.name)
                     for patch in patches(shard.region, tuple(shard.shape)):
                         window(target, patch).copy_(folder.read(f"{name}.{shard.name}", patch.box))
+                        for age, column in self._snapshots(name):
+                            kept = self.incoming.view(column, shard.name)
+                            window(kept, patch).copy_(folder.read(f"{name}/{age}.{shard.name}", patch.box))
 
     def fill(self, value_of: Callable[[str, Shard], Tensor]) -> None:
-        """Copy this rank's pieces: `value_of(average, shard)`, shaped like the shard."""
+        """Copy this rank's pieces: `value_of(average, shard)`, shaped like the shard. There are no snapshots."""
+        self._has_snapshots = False
         for name in self.started:
             for shard in self._wanted():
                 self.incoming.view(name, shard.name).copy_(value_of(name, shard))
+
+    def fill_from(self, store: Store) -> None:
+        """Copy what lies in another store, snapshots too."""
+        for name in self.started:
+            columns = [(name, name)]
+            if name in store.rings:
+                columns += [(column, store.rings[name].column(age)) for age, column in self._snapshots(name)]
+            for shard in self._wanted():
+                for column, theirs in columns:
+                    self.incoming.view(column, shard.name).copy_(store.view(theirs, shard.name))
+
+    def _snapshots(self, name: str) -> list[tuple[int, str]]:
+        """Age and column of the snapshots that are saved and have room here."""
+        ring = self.incoming.store.rings.get(name)
+        if ring is None:
+            return []
+        return [(age, ring.column(age)) for age in range(min(ring.size, self.manifest.averages[name].snapshots))]
 
     def _wanted(self) -> list[Shard]:
         return [shard for shard in self._state.members.averaged if shard.name not in self._left_out]
 
     def take_over(self) -> None:
         """Every value is there: from now on the state has these averages."""
+        for name in self.started:
+            if name in self.incoming.store.rings:
+                self.incoming.store.begin_ring(name, len(self._snapshots(name)) if self._has_snapshots else 0)
         histories = {name: record.history for name, record in self.manifest.averages.items()}
         self._state.replace(self.incoming.store, histories, self.manifest.step)

@@ -30,11 +30,15 @@ BESIDE_KEY = "beside"  # in a folder: tensors of the full state that are not ave
 
 @dataclass(frozen=True, kw_only=True)
 class AverageRecord:
-    """One average. `updates` lists [first step, last step, every]; not all of `n_averaged` need be listed."""
+    """One average. `updates` lists [first step, last step, every]; not all of `n_averaged` need be listed.
+
+    `snapshots` of it are saved, too, the newest under the average's name and "/0", the one before under "/1", ...
+    """
 
     rule: Mapping[str, Any]
     n_averaged: int
     updates: list[list[int]] = field(default_factory=list)
+    snapshots: int = 0
 
     @property
     def history(self) -> History:
@@ -100,6 +104,7 @@ class Manifest:
         _require(_is_count(self.step), f"step {self.step!r}")
         for name, average in self.averages.items():
             _require(_is_count(average.n_averaged), f"n_averaged {average.n_averaged!r} of {name!r}")
+            _require(_is_count(average.snapshots), f"snapshots {average.snapshots!r} of {name!r}")
             _require(isinstance(average.rule, dict), f"rule {average.rule!r} of {name!r}")
             _ = average.history
         for name, tensor in (*self.tensors.items(), *self.empty.items()):

@@ -98,12 +98,14 @@ class SavedAverages:
         shapes = {tensor: tuple(record.shape) for tensor, record in self.manifest.tensors.items()}
         one = next(iter(shapes), "")
         own = tuple(f"{self.prefix}{name}." for name in self.manifest.averages)
+        snapshots = tuple(f"{self.prefix}{name}/" for name in self.manifest.averages)
         prefixes = [key.removesuffix(one) for key in self.folder.infos if key.endswith(f".{one}")]
         infos = self.folder.infos
         fitting = [
             prefix
             for prefix in prefixes
             if prefix not in own
+            and not prefix.startswith(snapshots)
             and all((info := infos.get(prefix + key)) and info.shape == shape for key, shape in shapes.items())
         ]
         return fitting[0] if len(fitting) == 1 else ""

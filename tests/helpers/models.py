@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sharded_avg import (
     EMA,
+    LAWA,
     SWA,
     CosineMerge,
     CustomRule,
@@ -168,10 +169,20 @@ def _cosine_merge(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Formula:
-    """A rule, and what it does to one full tensor: (average, live, updates so far) -> average."""
+    """A rule, and what it does to one full tensor: `full(average, live, updates so far)` is the next average."""
 
     rule: AbstractRule
-    full: Callable[[Tensor, Tensor, int], Tensor]
+    full: Callable[[Tensor, Tensor, int], Tensor] = _mean
+    window: int = 0  # if there is one, the plain mean of so many latest weights, instead of `full`
+
+    def __call__(self, average: Tensor, seen: list[Tensor], num_averaged: int) -> Tensor:
+        """The next average; `seen` are all weights so far, the newest last."""
+        if not self.window:
+            return self.full(average, seen[-1], num_averaged)
+        total = seen[-self.window :][0].clone()
+        for live in seen[-self.window :][1:]:
+            total += live
+        return total / len(seen[-self.window :])
 
 
 FORMULAS = {
@@ -179,6 +190,7 @@ FORMULAS = {
     "ema_warmup": Formula(EMA(decay=0.9, warmup=True), _ema_with_warmup),
     "swa": Formula(SWA(), _mean),
     "avg_fn": Formula(CustomRule(avg_fn=three_to_one), three_to_one),
+    "lawa": Formula(LAWA(last=2), window=2),
     "half_life": Formula(EMA.from_half_life(3), _half_life),
     "debiased": Formula(EMA(decay=decays.Debiased(decay=0.9)), _debiased),
     "power": Formula(PowerAverage.merge_1_sqrt(), _power),
@@ -223,15 +235,19 @@ class Reference:
         self._variant, self._own = variant, own
         self._dtype = variant.arguments.get("dtype", torch.float32)
         self._num_averaged = 0
+        self._seen: dict[str, list[Tensor]] = {}
         self.averages: dict[str, dict[str, Tensor]] = {name: {} for name in variant.names}
 
     def update(self, full: Mapping[str, Tensor]) -> None:
         """Take in the full tensors of every trained parameter."""
+        for key, tensor in full.items():
+            live = tensor.detach().to(self._dtype or self._own or tensor.dtype, copy=True)
+            self._seen.setdefault(key, []).append(live)
         for name, formula in zip(self._variant.names, self._variant.formulas, strict=True):
-            for key, tensor in full.items():
-                self._update(self.averages[name], key, tensor, FORMULAS[formula])
+            for key in full:
+                self._update(self.averages[name], key, FORMULAS[formula])
         self._num_averaged += 1
 
-    def _update(self, averages: dict[str, Tensor], key: str, tensor: Tensor, formula: Formula) -> None:
-        live = tensor.detach().to(self._dtype or self._own or tensor.dtype, copy=True)
-        averages[key] = formula.full(averages[key], live, self._num_averaged) if self._num_averaged else live
+    def _update(self, averages: dict[str, Tensor], key: str, formula: Formula) -> None:
+        seen = self._seen[key]
+        averages[key] = formula(averages[key], seen, self._num_averaged) if self._num_averaged else seen[0]

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharded_avg import EMA, SWA, ShardedAverage
 from tests.helpers.engines import ONE_PROCESS, Engine, Row, every_row, mesh, run_row
-from tests.helpers.models import SEVERAL, VARIANTS, Reference, batch
+from tests.helpers.models import FORMULAS, SEVERAL, VARIANTS, Reference, batch
 from tests.helpers.pool import on_ranks
 
 NUM_STEPS = 3
@@ -66,7 +66,8 @@ def assert_bytes(engine: Engine, averages: dict[str, ShardedAverage]) -> None:
     """DESIGN.md, section 1: each rank stores the average of the piece it owns, and nothing else."""
     for name, average in averages.items():
         if "dtype" not in VARIANTS[name].arguments:
-            assert average.nbytes == 4 * len(VARIANTS[name].names) * engine.local_numel(), name
+            kept = sum(FORMULAS[formula].window for formula in VARIANTS[name].formulas)
+            assert average.nbytes == 4 * (len(VARIANTS[name].names) + kept) * engine.local_numel(), name
 
 
 def train(row: Row, names: Iterable[str], validating: bool) -> dict[str, Tensor]:

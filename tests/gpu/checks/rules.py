@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sharded_avg
 from sharded_avg import (
     EMA,
+    LAWA,
     SWA,
     AbstractRule,
     CosineMerge,
@@ -63,6 +64,10 @@ def _merged(n: int) -> float:
     return (before - after) / (1 - after)
 
 
+def _latest(averages: list[Tensor], lives: list[Tensor], n: int) -> None:
+    torch._foreach_copy_(averages, lives)
+
+
 def _each(averages: list[Tensor], lives: list[Tensor], n: int) -> None:
     for average, live in zip(averages, lives, strict=True):
         average.copy_(mixed(average, live, n))
@@ -78,6 +83,7 @@ ROWS = {
     "swa": Row(SWA, swa),
     "power": Row(PowerAverage.merge_1_sqrt, lerp(lambda n: 1 - (n / (n + 1)) ** 0.5)),
     "polynomial": Row(partial(PolynomialAverage, 2), lerp(lambda n: 3 / (n + 3))),
+    "lawa": Row(partial(LAWA, last=1), _latest),
     "cosine_merge": Row(partial(CosineMerge, 9), lerp(_merged)),
     "avg_fn": Row(partial(CustomRule, avg_fn=mixed), _each),
     "multi_avg_fn": Row(partial(CustomRule, multi_avg_fn=mixed_lists), mixed_lists, _TWO_CALLS_ULPS),
@@ -185,6 +191,33 @@ def every_rule(device: torch.device) -> str:
     missing = final - {type(row.rule()) for row in ROWS.values()}
     assert not missing, f"no row for {sorted(rule.__name__ for rule in missing)}"
     return ", ".join(sorted(rule.__name__ for rule in final))
+
+
+@check("LAWA: snapshots in pinned host memory, in their own dtype; updates wait for nothing; the bits of the mean")
+def lawa(device: torch.device) -> str:
+    for kept in (torch.float32, torch.bfloat16):
+        model = Tensors({"all": drawn(0, torch.float32, {"all": (3_000_001,)})["all"].to(device)})
+        average, seen = ShardedAverage(model, LAWA(last=3, dtype=kept)), []
+        for step in range(NUM_UPDATES):
+            put(model, drawn(step, torch.float32, {"all": (3_000_001,)}))
+            seen.append(model.get_parameter("all").detach().clone().to(kept))
+            if step and device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.set_sync_debug_mode("error")
+                before = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            try:
+                assert average.update()
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+            if step and device.type == "cuda":
+                assert (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()) == before, "it allocates"
+            latest = seen[-3:]
+            total = latest[0].float()
+            for value in latest[1:]:
+                total = total + value.float()
+            assert_same(averaged(average), {"all": total / len(latest)}, f"{_short(kept)}, update {step + 1}")
+    return "fp32 and bf16"
 
 
 @check("parameters cut at odd places have the bits of whole ones, for every rule")

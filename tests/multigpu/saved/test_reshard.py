@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 
-VARIANT = Variant(("ema_warmup", "swa", *WEIGHTED))
+VARIANT = Variant(("ema_warmup", "swa", "lawa", *WEIGHTED))
 NUM_STEPS = 3
 ALL_ROWS = {"plain": ONE_PROCESS, **ENGINES}
 SAVERS = [
@@ -75,28 +75,30 @@ def averaged(average: ShardedAverage, engine: Engine) -> Full:
 
 def save(row: str, folder: Path) -> None:
     engine, average = start(row)
+    seen = []
     for step in range(NUM_STEPS):
         engine.learn_steps(step, step + 1)
         average.update()
+        seen.append({key: live.float().clone() for key, live in engine.full().items()})
     average.save(folder / "average")
     full = averaged(average, engine)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(full, folder / "full.pt")
+        torch.save((full, seen), folder / "full.pt")
 
 
 def load_all(row: str, folders: list[Path]) -> None:
     engine, average = start(row)
     for folder in folders:
         average.load(folder / "average")
-        expected: Full = torch.load(folder / "full.pt")
+        expected, seen = torch.load(folder / "full.pt")
         assert_same(averaged(average, engine), expected, folder.name)
         assert average.n_averaged == NUM_STEPS
         engine.learn_steps(NUM_STEPS, NUM_STEPS + 1)  # DeepSpeed reports a step that never was as skipped
         assert average.update()
-        live = engine.full()
+        seen.append({key: live.float() for key, live in engine.full().items()})
         for name, formula in zip(VARIANT.names, VARIANT.formulas, strict=True):
             for key, value in expected[name].items():
-                expected[name][key] = FORMULAS[formula].full(value, live[key].float(), NUM_STEPS)
+                expected[name][key] = FORMULAS[formula](value, [full[key] for full in seen], NUM_STEPS)
         assert_same(averaged(average, engine), expected, f"{folder.name}, one update later")
 
 
