@@ -137,6 +137,10 @@ class Store:
         held = self._dtypes.get(shard.name, dtype)
         return held if held.itemsize > dtype.itemsize else dtype
 
+    def dtype_in(self, column: str, shard: Shard) -> torch.dtype:
+        """The dtype in which a column has a shard."""
+        return self._kept_as(column, self._key(shard))[1]
+
     def _key(self, shard: Shard) -> Key:
         return self._device or shard.tensor.device, self.dtype_of(shard)
 

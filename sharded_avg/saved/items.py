@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..averages.ring import place_dtype
 from ..averages.state import State
 from ..errors import CheckpointError
 from ..ranks import rank_in
@@ -44,21 +44,21 @@ class Incoming:
         if not self.store.arranged:
             self.store.arrange(self._members.averaged)
 
-    def view(self, average: str, shard_name: str) -> Tensor:
+    def view(self, column: str, shard_name: str) -> Tensor:
         """Where one value goes."""
         self.arrange()
-        return self.store.view(average, shard_name)
+        return self.store.view(column, shard_name)
 
 
 def items_of(
-    average: str,
+    column: str,
     members: Members,
     incoming: Incoming,
     *,
     present: Callable[[Shard], Tensor] | None,
     left_out: Collection[str] = (),
 ) -> dict[str, ShardItem]:
-    """The items of one average; `present` tells where a value is now, and is `None` before the first update."""
+    """The items of one column: `present` tells where a value is now, and is `None` while there is none."""
     from .dcp import ShardItem  # with it comes torch.distributed.checkpoint, which takes a second to import
 
     group = members.layout.group
@@ -68,9 +68,9 @@ def items_of(
             items[shard.name] = ShardItem(
                 shard.shape,
                 shard.region,
-                incoming.store.dtype_of(shard),
+                incoming.store.dtype_in(column, shard),
                 present(shard) if present is not None else None,
-                lambda name=shard.name: incoming.view(average, name),  # type: ignore[misc]
+                lambda name=shard.name: incoming.view(column, name),  # type: ignore[misc]
                 writes=_is_written_here(shard, group),
             )
     return items
@@ -78,23 +78,18 @@ def items_of(
 
 def snapshot_items(state: State, incoming: Incoming) -> dict[str, dict[str, ShardItem]]:
     """The items of all snapshots that averages keep, by the average's name and age; those to come say so."""
-    store, group, items = state.store, state.group, {}
-    for name, ring in store.rings.items():
-        kept = dict(enumerate(store.snapshots(name)))
+    items = {}
+    for name, ring in state.store.rings.items():
+        kept = dict(enumerate(state.store.snapshots(name)))
         for age in range(ring.size):
+            present = partial(_snapshot, state, kept[age]) if age in kept else None
             target = incoming.store.rings[name].column(age)
-            items[f"{name}/{age}"] = {
-                shard.name: ShardItem(
-                    shard.shape,
-                    shard.region,
-                    place_dtype(store.dtype_of(shard), ring.dtype),
-                    store.view(kept[age], shard.name) if age in kept else None,
-                    lambda target=target, name=shard.name: incoming.view(target, name),  # type: ignore[misc]
-                    writes=_is_written_here(shard, group),
-                )
-                for shard in state.members.averaged
-            }
+            items[f"{name}/{age}"] = items_of(target, state.members, incoming, present=present)
     return items
+
+
+def _snapshot(state: State, column: str, shard: Shard) -> Tensor:
+    return state.store.view(column, shard.name)
 
 
 def pieces_of(state: State) -> Iterator[Piece]:

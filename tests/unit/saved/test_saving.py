@@ -79,6 +79,7 @@ def test_folder_is_plain_and_readable(tmp_path):
         "rule": {"kind": "EMA", "decay": 0.9, "warmup": False},
         "n_averaged": 2,
         "updates": [[1, 2, 1]],
+        "snapshots": 0,
     }
     assert manifest["tensors"]["0.weight"] == {"shape": [5, 3], "dtype": "float32"}
     assert sorted(manifest["tensors"]) == ["0.bias", "0.weight", "2.bias", "2.weight"]
