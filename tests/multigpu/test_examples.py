@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -139,3 +140,12 @@ def write_honest_result(folder: Path, verify: Any) -> dict[str, torch.Tensor]:
     (folder / "result.json").write_text(json.dumps(result | {"averaged": verify.validation_loss(model, batches)}))
     torch.save(model.state_dict(), folder / "averaged.pt")
     return model.state_dict()
+
+
+def test_which_rule():
+    """Every rule under every learning rate; the numbers of a real run are in docs/guide.md."""
+    command = [sys.executable, str(EXAMPLES / "which_rule.py"), "--tiny", "--steps", "8", "--seeds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    which_rule = import_example("which_rule")
+    names = [name.replace("@", ".") for name in (*which_rule.whole_run(8), *which_rule.last_part(8))]
+    assert all(done.stdout.count(f" {name} ") == len(which_rule.RATES) for name in names)
