@@ -93,8 +93,7 @@ def _told(record: Mapping[str, Any]) -> dict[str, float]:
     if known is None or not isinstance(n_averaged, int) or n_averaged < 1:
         return {}
     try:
-        history = History.from_lists(record.get("updates") or (), n_averaged)
-        shares = known.shares(moments(history))
+        shares = known.shares(moments(History.from_lists(record.get("updates") or (), n_averaged)))
         first = next(shares)
         squares = fsum(share * share for share in (first, *islice(shares, _MOST_SHARES)))
         complete = next(shares, None) is None

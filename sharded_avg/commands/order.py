@@ -23,10 +23,12 @@ from .progress import say
 def order_of_steps(paths: Sequence[StrPath], sources: Sequence[AbstractSource], *, matters: bool) -> list[int]:
     """Indices of the sources, oldest first by the steps that they record; what differs from the order given is told.
 
-    If the order does not matter (and steps are lacking or the same): as given. If none records a step: as given, which
-    is told, unless numbers in the names say otherwise. Else `CheckpointError`.
+    Where none records a step, as in other tools' files, by the updates that they count. If the order does not matter
+    (and steps are lacking or the same): as given. If nothing is recorded: as given, which is told, unless numbers in
+    the names say otherwise. Else `CheckpointError`.
     """
-    steps = [source.facts.get("step") for source in sources]
+    what = "step" if any(isinstance(source.facts.get("step"), int) for source in sources) else "n_averaged"
+    steps = [source.facts.get(what) for source in sources]
     known = [step for step in steps if isinstance(step, int)]
     names = [Path(path).name for path in paths]
     given = list(range(len(sources)))

@@ -15,6 +15,7 @@ from .progress import say
 from .target import Target
 
 WORST_ERROR = 1e-4  # of a weight's size, from rounding in what was saved: beyond, it is told
+_LARGE_GROWTH = 2  # below, it is the rounding that whoever saved has chosen
 
 
 def open_series(folder: StrPath, target: Target | None = None) -> Series:
@@ -43,7 +44,7 @@ def tell_rounding(sources: Sequence[AbstractSource], growth: float, advice: str)
     dtypes = {source.infos[name].dtype for source in sources for name in source.facts["averaged"]}
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     error = growth * torch.finfo(coarsest).eps / 2
-    if growth > 1 + 1e-9 and error > WORST_ERROR:
+    if growth > _LARGE_GROWTH and error > WORST_ERROR:
         say(
             f"this is a small difference of large sums: rounding of what was saved, in "
             f"{str(coarsest).removeprefix('torch.')}, grows {growth:.3g}-fold, to about {error:.1g} of the weights' "

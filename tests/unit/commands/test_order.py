@@ -111,6 +111,16 @@ def test_without_steps(tmp_path, capsys):
     assert merged(tmp_path, plain(tmp_path, "c-100.pt", "c-20.pt"), "--wsm", "linear", out="y.pt") == 0
 
 
+def test_files_that_count_updates(tmp_path, capsys):
+    """R15: torch's AveragedModel records no step, and how many updates it has had."""
+    for name, count in (("c", 3), ("a", 100), ("b", 20)):
+        state = {"n_averaged": torch.tensor(count), "module.weight": torch.full((1, 1), float(count))}
+        torch.save(state, tmp_path / f"{name}.pt")
+    assert merged(tmp_path, [str(tmp_path / f"{name}.pt") for name in "abc"], "--lawa", "1") == 0
+    assert "in the order of their steps: c.pt (3), b.pt (20), a.pt (100)" in capsys.readouterr().err
+    assert value_of(tmp_path / "x.safetensors") == 100
+
+
 def test_equal_steps(tmp_path, capsys):
     """R15: averages of two runs at one step have no order, and so no last one."""
     for run, weight in enumerate((3.0, 5.0)):
