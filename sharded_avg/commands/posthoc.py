@@ -59,10 +59,10 @@ def summary(snapshots: Sequence[Snapshot], mixture: Mixture) -> str:
     """How well the profile is met, in words."""
     names = {snapshot.name for snapshot in snapshots}
     used = sum(1 for coefficient in mixture.coefficients if coefficient)
-    last, met = snapshots[-1], _percent(mixture.error)
+    last, off = snapshots[-1], _percent(mixture.error)
     return (
         f"sigma_rel {sigma_rel_of(mixture.target.gamma):.4g} at step {last.step} ({last.record.n_averaged} updates): "
-        f"the profile is met to {met} by {used} of {len(snapshots)} saves of {len(names)} averages; "
+        f"the profile is off by {off}, from {used} of {len(snapshots)} saves of {len(names)} averages; "
         f"their coefficients are {min(mixture.coefficients):.4g} to {max(mixture.coefficients):.4g}"
     )
 
@@ -77,7 +77,7 @@ def table(series: Series, step: int | None = None) -> str:
         steps = [str(snapshot.step) for snapshot in own]
         shown = steps if len(steps) <= 8 else [*steps[:3], "...", *steps[-3:]]
         saved.append([name, ", ".join(widths), f"{', '.join(shown)} ({len(steps)})"])
-    reached = [["sigma_rel", "profile met to", "coefficients"]]
+    reached = [["sigma_rel", "profile off by", "coefficients"]]
     for sigma_rel in LISTED:
         _, mixture = series.mixed(sigma_rel, step)
         span = f"{min(mixture.coefficients):.3g} to {max(mixture.coefficients):.3g}"

@@ -31,7 +31,7 @@ def open_source(path: StrPath, name: str | None = None) -> AbstractSource:
     says which average it is, and is not there for plain weights. Raises `CheckpointError` for what cannot be read.
     """
     path = _existing(path)
-    average = _average(path, name)
+    average = None if name is not None and _is_beside_an_average(path, name) else _average(path, name)
     if average is not None:
         return average
     source = _plain(path)
@@ -90,6 +90,14 @@ def _average(path: Path, name: str | None) -> AbstractSource | None:
         return None
     source = found.open()
     return Renamed(source, {key: key for key in source.infos}, {"average": _ONLY_NAME})
+
+
+def _is_beside_an_average(path: Path, name: str) -> bool:
+    """Whether `name` is no average of a user's own checkpoint, but the key of weights that lie beside the averages."""
+    saved = saved_averages(path)
+    if saved is None or not saved.prefix or name in saved.manifest.averages or saved.prefix == f"{name}.":
+        return False
+    return any(key.startswith(f"{name}.") for key in saved.folder.infos)
 
 
 def _plain(path: Path) -> AbstractSource:

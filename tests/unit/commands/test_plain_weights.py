@@ -82,6 +82,18 @@ def test_the_weights_under_one_key(tmp_path, capsys):
     assert open_source(out).infos.keys() == state().keys()
 
 
+def test_raw_weights_beside_an_average(tmp_path, capsys):
+    """R13: a checkpoint of the user's has both, and --name says which."""
+    average = ShardedAverage(nn.Linear(3, 5), SWA())
+    average.update()
+    dcp.save({"model": state(), "average": average}, checkpoint_id=tmp_path / "run")
+    assert main(["consolidate", str(tmp_path / "run"), str(tmp_path / "raw.pt"), "--name", "model"]) == 0
+    assert torch.equal(open_source(tmp_path / "raw.pt").read("weight"), state()["weight"])
+    assert "average" not in open_source(tmp_path / "raw.pt").facts
+    assert main(["consolidate", str(tmp_path / "run"), str(tmp_path / "x.pt"), "--name", "ema"]) == 3
+    assert "holds no average 'ema' of ['average']" in capsys.readouterr().err
+
+
 @pytest.fixture
 def average(tmp_path: Path) -> Path:
     average = ShardedAverage(nn.Linear(3, 5), SWA())

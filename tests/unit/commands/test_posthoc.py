@@ -37,7 +37,7 @@ def test_worked_example(tmp_path, capsys):
     told = capsys.readouterr()
     found = weights_of(tmp_path / "x.safetensors")  # by step, then name: (2, 1), (2, 3), (4, 1), (4, 3)
     assert found == pytest.approx([-0.0825741, 0.0381610, 0.5640654, 0.4803477], abs=5e-8)
-    assert "at step 4 (4 updates): the profile is met to 1.6 % by 4 of 4 saves of 2 averages" in told.out
+    assert "at step 4 (4 updates): the profile is off by 1.6 %, from 4 of 4 saves of 2 averages" in told.out
     state = [load_averaged_state_dict(tmp_path / "run" / f"step-{t}", n) for t in (2, 4) for n in ("one", "three")]
     expected = sum(w * s["embed.weight"] for w, s in zip(found, state, strict=True))
     written = load_averaged_state_dict(tmp_path / "x.safetensors")["embed.weight"]
@@ -48,7 +48,7 @@ def test_what_was_saved_is_taken_as_it_is(tmp_path, capsys):
     """Target equal to a snapshot: X = (0, 0, 0, 1), and the others are not read."""
     train(tmp_path / "run", {"one": PowerAverage(2), "three": PowerAverage(4)}, 4, (2, 4))
     assert posthoc(tmp_path / "run", "x.pt", "--sigma-rel", repr(PowerAverage(4).sigma_rel)) == 0
-    assert "the profile is met to 0 % by 1 of 4 saves" in capsys.readouterr().out
+    assert "the profile is off by 0 %, from 1 of 4 saves" in capsys.readouterr().out
     saved = load_averaged_state_dict(tmp_path / "run" / "step-4", "three")
     found = load_averaged_state_dict(tmp_path / "x.pt")
     assert all(torch.equal(found[name], saved[name]) for name in saved)
@@ -133,7 +133,7 @@ def test_plot(long, tmp_path, capsys, monkeypatch):
     picture = tmp_path / "profile.png"
     assert main(["posthoc", str(run), "--sigma-rel", "0.12", "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "the profile is met to" in capsys.readouterr().out
+    assert "the profile is off by" in capsys.readouterr().out
     assert main(["posthoc", str(run), "--sigma-rel", "0.12", "--plot", str(tmp_path / "x.docx")]) == 2
     assert "no picture has the ending '.docx'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["profile.png"]
