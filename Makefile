@@ -2,6 +2,10 @@
 # make test      lint, then every kind of test: what CI runs
 # make test-all  the same, with every row of every table: before a release, and before a large change is called done
 # make lint      ruff, and mypy --strict on the package
+# make docs      the site, in build/site; a broken link or a name without a docstring fails
+# make matrix    the oldest, the pinned and the newest versions, the wheel alone, the site: noxfile.py (hours, many GB)
+# make table     the README's table of versions, from what `make matrix` left
+# make dist      wheel and sdist, in dist/
 # make bench     what an update costs beside what else a user could pick
 # make clean     back to a fresh clone
 #
@@ -10,6 +14,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# of `make matrix`: SESSIONS="-s oldest", say; by default all that noxfile.py lists
+SESSIONS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -17,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # What DeepSpeed compiles has paths of this environment in it: it lives and dies with it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all lint docs matrix table dist bench clean
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py
@@ -25,12 +31,27 @@ demo: $(READY)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
 
-test-all: lint
+test-all: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all --durations=20 $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+matrix: $(READY)
+	$(INSTALL) nox
+	$(BIN)/nox $(SESSIONS)
+
+table: $(READY)
+	$(BIN)/python -m tests.matrix --write
+
+dist: $(READY)
+	$(INSTALL) build
+	$(BIN)/python -m build
 
 bench: $(READY)
 	$(BIN)/python -m sharded_avg.benchmark

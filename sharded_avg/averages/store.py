@@ -133,7 +133,9 @@ class Store:
             dtype = torch.promote_types(own, torch.float32) if own.itemsize > 1 else torch.float32
         else:
             dtype = self._dtype or own
-            dtype = dtype.to_complex() if own.is_complex and not dtype.is_complex else dtype
+            if own.is_complex and not dtype.is_complex:
+                # torch >= 2.15 has a bcomplex32, in which it cannot average; before, complex64 was bfloat16's complex
+                dtype = torch.complex64 if dtype == torch.bfloat16 else dtype.to_complex()
         held = self._dtypes.get(shard.name, dtype)
         return held if held.itemsize > dtype.itemsize else dtype
 

@@ -31,7 +31,9 @@ class Reference:
 
     def in_dtype(self, tensor: Tensor) -> Tensor:
         dtype = self.dtype or tensor.dtype
-        return tensor.detach().to(dtype.to_complex() if tensor.is_complex() and not dtype.is_complex else dtype)
+        if tensor.is_complex() and not dtype.is_complex:
+            dtype = torch.complex64 if dtype == torch.bfloat16 else dtype.to_complex()
+        return tensor.detach().to(dtype)
 
     def update(self) -> None:
         for name, averages in self.averages.items():
@@ -396,3 +398,6 @@ def test_dtype_of_keeps_complex_complex() -> None:
     for own, expected in pairs.items():
         assert store_of("average").dtype_of(shard("a", torch.zeros(1, dtype=own))) == expected
     assert store_of("average", dtype=None).dtype_of(shard("a", torch.zeros(1).bfloat16())) == torch.bfloat16
+    for asked, expected in {torch.bfloat16: torch.complex64, torch.float64: torch.complex128}.items():
+        whole = shard("a", torch.zeros(1, dtype=torch.complex64))
+        assert store_of("average", dtype=asked).dtype_of(whole) == expected

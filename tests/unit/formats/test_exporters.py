@@ -136,6 +136,12 @@ def saved_in_epoch_3(module: Any, callback: Any, path: Path) -> dict[str, dict[s
     return seen
 
 
+def has_a_function_in_its_state() -> bool:
+    """Older torch: SWALR keeps a static method, for which a pickle asks with `getattr`: a file with foreign objects."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    return "anneal_func" in torch.optim.swa_utils.SWALR(optimizer, 0.1).state_dict()
+
+
 def test_lightning_wrote_it(tmp_path: Path) -> None:
     """In the middle of training, by Lightning's own callbacks, and into a ShardedAverage of the inner module."""
     module_class = lightning_module()
@@ -147,13 +153,15 @@ def test_lightning_wrote_it(tmp_path: Path) -> None:
     ):
         module = module_class()
         seen = saved_in_epoch_3(module, callback, tmp_path / f"{format}.ckpt")
-        found = find_importer(tmp_path / f"{format}.ckpt")
+        foreign = format == "lightning_swa" and has_a_function_in_its_state()
+        found = find_importer(tmp_path / f"{format}.ckpt", ignore_classes=foreign)
         assert found.format == format
         source = found.open()
         assert equal({name: source.read(name) for name in source.infos}, seen["average"])
         assert not torch.equal(seen["average"]["net.0.weight"], seen["raw"]["net.0.weight"])
         out = tmp_path / f"{format} ours"
-        Conversion(src=tmp_path / f"{format}.ckpt", out=out, to="sharded_avg", prefix="net.").run()
+        source_file = tmp_path / f"{format}.ckpt"
+        Conversion(src=source_file, out=out, to="sharded_avg", prefix="net.", ignore_classes=foreign).run()
         average = ShardedAverage(module.net, EMA(decay=0.5))
         average.load(out)
         assert torch.equal(full(average)["0.weight"], seen["average"]["net.0.weight"])

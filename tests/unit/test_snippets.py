@@ -1,0 +1,259 @@
+"""Every snippet of the README and the docs runs, as it stands there.
+
+What is the reader's, as the pages say (`model`, `batches`, `loss_of`, ...), are the stand-ins of `reader`. A page's
+blocks run in order, in one namespace and an empty folder of their own, as somebody would who reads it; where the page
+takes up another model, it is a block after a heading. In a block called diff the lines run that are kept or added.
+Blocks after `<!-- ranks -->` run on two ranks. Of lines for a shell, the commands are looked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import sharded_avg
+from sharded_avg.commands.cli import COMMANDS
+from tests.helpers.pool import on_ranks
+from tests.unit.test_architecture import ROOT
+
+PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+WRAPPINGS = "Every engine"  # of the README: each paragraph wraps a model of its own
+FOR_LIGHTNING = "docs/lightning.md"
+
+
+class Block(NamedTuple):
+    """One snippet: its code, padded so that a traceback shows the page's own lines."""
+
+    page: str
+    heading: str
+    line: int
+    ranks: bool
+    code: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    text = (ROOT / page).read_text()
+    for found in re.finditer(r"(<!-- ranks -->\n)?^```(python|diff)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        code = found[3]
+        if found[2] == "diff":
+            code = "".join("\n" if line[0] == "-" else line[2:] + "\n" for line in code.splitlines())
+        headings = re.findall(r"^#+ (.*)$", text[: found.start()], re.MULTILINE)
+        line = text[: found.start(3)].count("\n")
+        yield Block(page, headings[-1] if headings else "", line + 1, bool(found[1]), "\n" * line + code)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+class Net(nn.Module):
+    """A model with BatchNorm and two matrices that are called like an adapter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.lora_a, self.lora_b = nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.norm(self.first(x)).relu()) + self.lora_b(self.lora_a(x))
+        return out
+
+
+def reader() -> dict[str, Any]:
+    """What is the reader's."""
+    torch.manual_seed(0)
+    model = Net()
+    names: dict[str, Any] = {name: getattr(sharded_avg, name) for name in sharded_avg.__all__}
+    names |= {"torch": torch, "nn": nn, "dist": dist, "sharded_avg": sharded_avg, "rank": 0}
+    names |= {"model": model, "build_model": Net, "rule": sharded_avg.EMA(decay=0.999)}
+    names |= {
+        "batches": [torch.randn(5, 3) for _ in range(4)],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }
+    names["loss_of"] = lambda model, batch: model(batch).square().mean()
+    names["evaluate"] = names["validate"] = torch.no_grad()(lambda model: names["loss_of"](model, names["batches"][0]))
+    names["train_on"] = lambda batch: None
+    return names
+
+
+def run(block: Block, names: dict[str, Any]) -> None:
+    exec(compile(block.code, str(ROOT / block.page), "exec"), names)
+
+
+def of_one_process(page: str) -> list[Block]:
+    return [block for block in BLOCKS if block.page == page and not block.ranks and block.heading != WRAPPINGS]
+
+
+def _of_fabric(names: dict[str, Any]) -> None:
+    """`Fabric.setup` takes a model once."""
+    from lightning.fabric import Fabric
+
+    model = Net()
+    names |= {"fabric": Fabric(accelerator="cpu", devices=1), "model": model}
+    names["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.own_processes
+@pytest.mark.filterwarnings(
+    "ignore:torch.distributed is (disabled|unavailable)"
+)  # said by each dcp.save in one process
+@pytest.mark.parametrize("page", [page for page in PAGES if page != FOR_LIGHTNING and of_one_process(page)])
+def test_snippets(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = reader()
+    if page == "docs/files.md":  # it begins where a run has ended
+        average = sharded_avg.ShardedAverage(names["model"], names["rule"])
+        average.update()
+        average.save("run/average", with_buffers=True)
+    heading = ""
+    for block in of_one_process(page):
+        if page in ("docs/recipes.md", "docs/come_from.md") and block.heading != heading:
+            names, heading = reader(), block.heading  # each for itself
+        if "Trainer(" in block.code:
+            continue  # with those of docs/lightning.md
+        if "fabric" in block.code:
+            _of_fabric(names)
+        if "dcp.save" in block.code:
+            import torch.distributed.checkpoint as dcp
+
+            names |= {"dcp": dcp, "model_state": names["model"].state_dict()}
+            names |= {"average": sharded_avg.ShardedAverage(names["model"], names["rule"])}
+        if block.page == "docs/guide.md" and "average" not in names:
+            names["average"] = sharded_avg.ShardedAverage(names["model"], names["rule"])
+        run(block, names)
+
+
+@pytest.mark.own_processes
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)", "ignore:.*num_workers")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the page's line has the average only
+def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strategy that wants a GPU is stood in for by one device: tests/lightning runs each of them."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from torch.utils.data import DataLoader
+
+    class Module(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            loss: Tensor = self.net(batch).square().mean()
+            return loss
+
+        def validation_step(self, batch: Tensor, index: int) -> None:
+            self.log("val_loss", self.net(batch).square().mean(), batch_size=len(batch))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x)
+            return out
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.randn(10, 3), batch_size=5)
+
+        val_dataloader = train_dataloader
+
+    def trainer(strategy: Any = None, max_epochs: int = 1, **arguments: Any) -> Any:
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+        return Trainer(accelerator="cpu", devices=1, max_epochs=max_epochs, **quiet, **arguments)
+
+    monkeypatch.chdir(tmp_path)
+    names = reader() | {
+        "module": Module(),
+        "Trainer": trainer,
+        "ModelCheckpoint": partial(ModelCheckpoint, dirpath="."),
+    }
+    names["FSDPStrategy"] = lambda **_: None
+    lines = [b for b in BLOCKS if "Trainer(" in b.code and b.page != FOR_LIGHTNING and "Lightning" in b.heading]
+    lines += [block for block in BLOCKS if block.page == "README.md" and "Trainer(" in block.code]
+    for block in [*lines, *(block for block in BLOCKS if block.page == FOR_LIGHTNING)]:
+        if "fabric" in block.code:
+            _of_fabric(names)
+        if block.page == FOR_LIGHTNING and "best.ckpt" in block.code and not Path("best.ckpt").exists():
+            names["trainer"].save_checkpoint("best.ckpt")
+            names["trainer"].save_checkpoint("last.ckpt")
+        if "max_epochs=20" in block.code:
+            block = block._replace(code=block.code.replace("max_epochs=20", "max_epochs=2"))
+        run(block, names)
+
+
+@on_ranks(2)
+def test_snippets_on_ranks(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        for block in (block for block in BLOCKS if block.ranks):
+            run(block, reader())
+
+
+def paragraphs() -> list[str]:
+    (block,) = [block for block in BLOCKS if block.heading == WRAPPINGS and "fully_shard" in block.code]
+    return block.code.strip().split("\n\n")
+
+
+@on_ranks(2)
+def test_the_wrappings_of_the_readme(tmp_path: Path) -> None:
+    """All but DeepSpeed's; FullyShardedDataParallel is told that its device is the CPU."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    for paragraph in paragraphs():
+        if "deepspeed" not in paragraph:
+            names = reader() | {"DistributedDataParallel": DistributedDataParallel, "fully_shard": fully_shard}
+            names["FullyShardedDataParallel"] = partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+            exec(paragraph, names)
+            names["average"].update()
+            assert names["average"].n_averaged == 1
+
+
+@pytest.mark.further
+@on_ranks(2, kind="deepspeed")
+def test_the_wrapping_of_the_readme_with_deepspeed() -> None:
+    import deepspeed
+
+    (paragraph,) = [paragraph for paragraph in paragraphs() if "deepspeed" in paragraph]
+    config = {
+        "train_micro_batch_size_per_gpu": 5,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 2},
+    }
+    names = reader() | {"deepspeed": deepspeed, "config": config}
+    before, after = paragraph.split("...\n")
+    exec(before, names)
+    names["engine"].backward(names["engine"](names["batches"][0]).square().mean())
+    exec(after, names)
+    assert names["average"].n_averaged == 1
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_commands_in_the_text_exist(page: str) -> None:
+    """`sharded-avg x`, `make x` and `python -m x`, wherever they stand."""
+    text = (ROOT / page).read_text()
+    known = {module.__name__.rpartition(".")[2] for module in COMMANDS}
+    assert {word for word in re.findall(r"sharded-avg ([a-z]+)\b", text) if word != "developers"} <= known
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    |^\| `)make ([a-z-]+)\b", text, re.MULTILINE)) <= targets
+    for module in set(re.findall(r"python -m ((?:sharded_avg|tests)[\w.]*)", text)):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
+
+
+def test_the_site_has_every_public_name_and_page() -> None:
+    listed = re.findall(r"^::: (sharded_avg\.\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    absent = set(sharded_avg.__all__) - {name.rpartition(".")[2] for name in listed} - {"__version__"}
+    assert not absent, f"docs/api.md lacks {absent}: add `::: sharded_avg.ITS.MODULE.NAME`"
+    for name in set(sharded_avg.__all__) - {"__version__"}:
+        assert getattr(sharded_avg, name).__doc__, name
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    assert {f"docs/{page}" for page in re.findall(r"(\w+\.md)$", nav, re.MULTILINE)} == set(PAGES) - {"README.md"}
