@@ -5,8 +5,8 @@
     python -m tests.matrix --check FOLDER  one run: exit 1 unless all of it passed
 
 A run is a folder with doctor.json (`sharded-avg doctor --json`) and reports of pytest, all or some of unit.xml,
-ranks.xml and lightning.xml. A column that was not run has a dash; a run of a selection says so in a file `selection`, whose text
-becomes a footnote.
+ranks.xml and lightning.xml. A column that was not run has a dash; a run of a selection says so in a file `selection`,
+whose text becomes a footnote.
 """
 
 from __future__ import annotations
