@@ -11,41 +11,38 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
-from math import fsum
 from pathlib import Path
 from typing import Any
 
-from ..averages.history import History
-from ..averages.profile import moments
 from ..files.source import AbstractSource, TensorInfo
 from ..formats.open import StrPath, open_source
-from ..rules.from_settings import rule_of
 from ..saved.manifest import FORMAT
 from ..saved.sources import SavedAverages, saved_averages
+from .shares import told_by
 
-_MOST_SHARES = 1_000_000  # to sum for a horizon
+_STRETCHES = 10  # of a profile
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
-def describe(path: StrPath, *, tensors: bool = False) -> dict[str, Any]:
+def describe(path: StrPath, *, tensors: bool = False, profile: bool = False) -> dict[str, Any]:
     """What a path holds: "path", "format", "averages", "num_tensors", "num_parameters", "num_bytes", "dtypes", ...
 
     "averages" maps names to "n_averaged", "rule" and "updates", as far as they are known, and is empty for plain
     weights. For rules of this package there are "decay" (the share that stayed at the latest update) and "horizon"
-    (the effective number of updates in the average), too. Numbers are of one average. With `tensors`, names, shapes
-    and dtypes come too. Nothing but the index is read. Raises `CheckpointError` for what cannot be read.
+    (the effective number of updates in the average), too, and with `profile` "profile", the share of each tenth of
+    the steps. Numbers are of one average. With `tensors`, names, shapes and dtypes come too. Nothing but the index
+    is read. Raises `CheckpointError` for what cannot be read.
     """
     saved = saved_averages(Path(path))
     if saved is not None:
-        return _of_saved(path, saved, tensors)
-    return _of_source(path, open_source(path), tensors)
+        return _of_saved(path, saved, tensors, _STRETCHES * profile)
+    return _of_source(path, open_source(path), tensors, _STRETCHES * profile)
 
 
-def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, Any]:
+def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool, stretches: int) -> dict[str, Any]:
     manifest = asdict(saved.manifest)
     for record in manifest["averages"].values():
-        record |= _told(record)
+        record |= told_by(record, stretches)
     infos: dict[str, TensorInfo] = {}
     extra: list[str] = []
     for name, record in saved.manifest.averages.items():
@@ -68,11 +65,11 @@ def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool) -> dict[str, A
     }
 
 
-def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str, Any]:
+def _of_source(path: StrPath, source: AbstractSource, tensors: bool, stretches: int) -> dict[str, Any]:
     facts = source.facts
     average = facts.get("average")
     record = {key: facts[key] for key in ("n_averaged", "rule", "updates") if key in facts}
-    record |= _told(record)
+    record |= told_by(record, stretches)
     aliases = facts.get("aliases", {})
     return {
         "path": os.fspath(path),
@@ -84,22 +81,6 @@ def _of_source(path: StrPath, source: AbstractSource, tensors: bool) -> dict[str
         "extra": list(source.extra),
         **_sizes({name: info for name, info in source.infos.items() if name not in aliases}, tensors),
     }
-
-
-def _told(record: Mapping[str, Any]) -> dict[str, float]:
-    """What follows from a rule and the updates: "decay", and "horizon", if that is of no more than so many updates."""
-    rule, n_averaged = record.get("rule"), record.get("n_averaged")
-    known = rule_of(rule) if isinstance(rule, Mapping) else None
-    if known is None or not isinstance(n_averaged, int) or n_averaged < 1:
-        return {}
-    try:
-        shares = known.shares(moments(History.from_lists(record.get("updates") or (), n_averaged)))
-        first = next(shares)
-        squares = fsum(share * share for share in (first, *islice(shares, _MOST_SHARES)))
-        complete = next(shares, None) is None
-    except (ArithmeticError, TypeError, ValueError):  # of a file that anyone might have made
-        return {}
-    return {"decay": 1 - first} | ({"horizon": 1 / squares} if complete and squares else {})
 
 
 def _sizes(infos: Mapping[str, TensorInfo], tensors: bool) -> dict[str, Any]:
@@ -138,6 +119,10 @@ def table(found: Mapping[str, Any]) -> str:
         lines += ["", *columns(rows)]
     else:
         lines.append("  averages   none: these are plain weights")
+    for name, record in found["averages"].items():
+        if "profile" in record:
+            rows = [[f"{first}..{last}", f"{100 * share:.3g} %"] for first, last, share in record["profile"]]
+            lines += ["", *columns([["steps", f"share of {name}"], *rows])]
     if found.get("provenance"):
         lines.append(f"  made by    {_inline(found['provenance'])}")
     if "tensors" in found:
@@ -180,9 +165,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("src", metavar="SRC", help="a saved average, a checkpoint that has one, or plain weights")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--tensors", action="store_true", help="names, shapes and dtypes too")
+    parser.add_argument("--profile", action="store_true", help="which share of an average each stretch of steps has")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    found = describe(args.src, tensors=args.tensors)
+    found = describe(args.src, tensors=args.tensors, profile=args.profile)
     print(json.dumps(found, indent=1) if args.json else table(found))

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from ..errors import ConfigError
 from . import decays
 from .base import AbstractRule
 from .cosine_merge import CosineMerge
 from .decays import AbstractDecay
 from .ema import EMA
+from .lawa import LAWA
 from .polynomial import PolynomialAverage
 from .power import PowerAverage
 from .swa import SWA
 
-_RULES = {kind.__name__: kind for kind in (EMA, SWA, PowerAverage, PolynomialAverage, CosineMerge)}
+_RULES: dict[str, type[AbstractRule]] = {
+    kind.__name__: kind for kind in (EMA, SWA, PowerAverage, PolynomialAverage, CosineMerge, LAWA)
+}
 _DECAYS = {
     name: kind for name, kind in vars(decays).items() if isinstance(kind, type) and issubclass(kind, AbstractDecay)
 }
@@ -25,12 +30,14 @@ def rule_of(settings: Mapping[str, Any]) -> AbstractRule | None:
     """The rule that has these `settings()`; `None` for a function, another tool's, a later version's."""
     rule = _RULES.get(str(settings.get("kind")))
     try:
-        return None if rule is None else rule(**{name: _value(value) for name, value in _given(settings)})
+        return None if rule is None else rule(**{name: _value(name, value) for name, value in _given(settings)})
     except (TypeError, KeyError, ConfigError):
         return None
 
 
-def _value(value: Any) -> Any:
+def _value(name: str, value: Any) -> Any:
+    if name == "dtype" and isinstance(value, str):
+        return getattr(torch, value, None)
     return _DECAYS[str(value.get("kind"))](**dict(_given(value))) if isinstance(value, Mapping) else value
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from sharded_avg import EMA, SWA, Schedule, ShardedAverage
 from sharded_avg.commands.arguments import num_bytes
 from sharded_avg.commands.cli import main
-from sharded_avg.commands.inspect import _told
+from sharded_avg.commands.shares import told_by
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.formats.open import open_source
@@ -84,18 +84,24 @@ def test_inspect_tells_decay_and_horizon(tmp_path, capsys):
         assert found[name]["decay"] == pytest.approx(average.decay(name))
         assert found[name]["horizon"] == pytest.approx(average.horizon(name))
     assert found["swa"]["horizon"] == pytest.approx(7)
-    assert main(["inspect", str(tmp_path / "average")]) == 0
+    assert main(["inspect", str(tmp_path / "average"), "--json", "--profile"]) == 0
+    profiled = json.loads(capsys.readouterr().out)["averages"]
+    assert "profile" not in found["ema"]
+    for name in rules:
+        assert profiled[name]["profile"] == [pytest.approx(list(stretch)) for stretch in average.profile(name)]
+    assert main(["inspect", str(tmp_path / "average"), "--profile"]) == 0
     told = capsys.readouterr().out
+    assert re.search(r"steps +share of swa\n +2..3 +14.3 %\n", told)
     assert re.search(r"average +updates +rule +decay +horizon", told)
     assert re.search(r"swa +7 +SWA\(\) +0.857143 +7\n", told)
     for rule in ({"kind": "of a later version"}, {"kind": "EMA", "decay": 7}, {"kind": "CustomRule", "function": "f"}):
-        assert _told({"rule": rule, "n_averaged": 7, "updates": [[2, 14, 2]]}) == {}
+        assert told_by({"rule": rule, "n_averaged": 7, "updates": [[2, 14, 2]]}) == {}
 
 
 def test_a_horizon_that_would_take_for_ever(tmp_path):
     """Files say what they like."""
-    assert _told({"rule": {"kind": "SWA"}, "n_averaged": 10**15, "updates": []}).keys() == {"decay"}
-    assert _told({"rule": {"kind": "SWA"}, "n_averaged": 3, "updates": "nonsense"}) == {}
+    assert told_by({"rule": {"kind": "SWA"}, "n_averaged": 10**15, "updates": []}).keys() == {"decay"}
+    assert told_by({"rule": {"kind": "SWA"}, "n_averaged": 3, "updates": "nonsense"}) == {}
 
 
 def test_inspect_before_the_first_update(tmp_path, capsys):
