@@ -5,8 +5,10 @@ and checkpoints use them and never ask which layout did.
 
     Box       n-D rectangle of the full tensor           DTensor: FSDP2, TP, HSDP; whole tensors
     Interval  [start, stop) of the row-major flattening  FSDP1, ZeRO 1/2/3, partitioned DDP
+    Stretch   an Interval of what slices along one dim   DeepSpeed's AutoTP with ZeRO 1/2/3
+              leave of the full tensor
 
-Both may be empty: a rank that holds nothing of a parameter still has a Shard for it, so that every rank knows every
+Any may be empty: a rank that holds nothing of a parameter still has a Shard for it, so that every rank knows every
 name and takes the same decisions.
 """
 
@@ -49,7 +51,28 @@ class Interval:
         return self.stop - self.start
 
 
-Region = Box | Interval
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements `start <= i < stop` of the row-major flattening of slices of a full tensor, side by side along `dim`.
+
+    Slices are (offset, length) along `dim`, in the order in which the cut tensor has them.
+    """
+
+    dim: int
+    slices: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+    def cut_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what the slices leave of a full tensor of `shape`."""
+        return (*shape[: self.dim], sum(length for _, length in self.slices), *shape[self.dim + 1 :])
+
+
+Region = Box | Interval | Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +113,59 @@ def _inside_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> It
         yield Box((index, *box.offsets), (1, *box.lengths)), a + base, b + base
 
 
+def _patches_of_stretch(stretch: Stretch, shape: tuple[int, ...]) -> Iterator[Patch]:
+    for patch in boxes_of_interval(Interval(stretch.start, stretch.stop), stretch.cut_shape(shape)):
+        yield from _moved_to_slices(patch, stretch)
+
+
+def _moved_to_slices(patch: Patch, stretch: Stretch) -> Iterator[Patch]:
+    """A Patch of the cut tensor as Patches of the full one: each lies in one slice, and in one piece in memory."""
+    dim, (offsets, lengths) = stretch.dim, (patch.box.offsets, patch.box.lengths)
+    begin, end, place = offsets[dim], offsets[dim] + lengths[dim], 0
+    found = []
+    for offset, length in stretch.slices:
+        low, high = max(begin, place), min(end, place + length)
+        if low < high:
+            found.append((low, high, offset + low - place))
+        place += length
+    outer = next((d for d in range(dim) if lengths[d] > 1), None)
+    if len(found) > 1 and outer is not None:  # rows that are apart in memory if each is cut into slices
+        rows, size = lengths[outer], (patch.stop - patch.start) // lengths[outer]
+        for row in range(rows):
+            box = Box(
+                (*offsets[:outer], offsets[outer] + row, *offsets[outer + 1 :]),
+                (*lengths[:outer], 1, *lengths[outer + 1 :]),
+            )
+            start = patch.start + row * size
+            yield from _moved_to_slices(Patch(box, start, start + size), stretch)
+        return
+    size = (patch.stop - patch.start) // (end - begin)
+    for low, high, offset in found:
+        box = Box((*offsets[:dim], offset, *offsets[dim + 1 :]), (*lengths[:dim], high - low, *lengths[dim + 1 :]))
+        yield Patch(box, patch.start + (low - begin) * size, patch.start + (high - begin) * size)
+
+
 def patches(region: Region, shape: tuple[int, ...]) -> list[Patch]:
     """The Boxes of a region, each with its place in the local tensor; none for an empty region."""
     if region.numel == 0:
         return []
     if isinstance(region, Box):
         return [Patch(region, 0, region.numel)]
+    if isinstance(region, Stretch):
+        return list(_patches_of_stretch(region, tuple(shape)))
     return list(boxes_of_interval(region, tuple(shape)))
 
 
 def take(full: Tensor, region: Region) -> Tensor:
-    """The elements of `full` in `region`: a view; 1-D, and a copy if `full` is not contiguous, for an Interval."""
+    """The elements of `full` in `region`: a view of `full` for a Box, 1-D for others.
+
+    A copy for an Interval if `full` is not contiguous, and for a Stretch.
+    """
     if isinstance(region, Interval):
         return full.reshape(-1)[region.start : region.stop]
+    if isinstance(region, Stretch):
+        boxes = patches(region, tuple(full.shape))
+        return torch.cat([take(full, patch.box).reshape(-1) for patch in boxes]) if boxes else full.new_empty(0)
     for dim, (offset, length) in enumerate(zip(region.offsets, region.lengths, strict=True)):
         full = full.narrow(dim, offset, length)
     return full
@@ -110,7 +173,10 @@ def take(full: Tensor, region: Region) -> Tensor:
 
 def put(full: Tensor, region: Region, values: Tensor) -> None:
     """Write `values` (shaped like the region) into `full`, which must be contiguous."""
-    if region.numel:
+    if isinstance(region, Stretch):
+        for patch in patches(region, tuple(full.shape)):
+            take(full, patch.box).copy_(values[patch.start : patch.stop].view(patch.box.lengths))
+    elif region.numel:
         target = full.view(-1)[region.start : region.stop] if isinstance(region, Interval) else take(full, region)
         target.copy_(values)
 
@@ -119,7 +185,7 @@ def put(full: Tensor, region: Region, values: Tensor) -> None:
 class Shard:
     """One rank's live piece of one parameter or buffer.
 
-    `tensor` holds the values that are averaged: shaped like `region.lengths` for a Box, 1-D for an Interval.
+    `tensor` holds the values that are averaged: shaped like `region.lengths` for a Box, 1-D otherwise.
     `working` is set where forward computes with another, low-precision copy of the same elements (ZeRO: `tensor` is
     the fp32 master partition, `working` the bf16 one); it has the shape of `tensor`.
     """

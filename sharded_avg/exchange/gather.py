@@ -11,7 +11,7 @@ does not matter here. Where ranks hold equal regions (replicas), the lowest rank
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..ranks import agree, comm_device, gather_objects, rank_in, send
-from ..shard import Box, Interval, Region, put, take
+from ..shard import Box, Region, put, take
 
 BUCKET_BYTES = 64 << 20
 _ALIGN_BYTES = 16
@@ -59,9 +59,9 @@ def split_region(region: Region, limit: int) -> Iterator[Region]:
     if region.numel <= limit:
         if region.numel:
             yield region
-    elif isinstance(region, Interval):
+    elif not isinstance(region, Box):
         for start in range(region.start, region.stop, limit):
-            yield Interval(start, min(start + limit, region.stop))
+            yield replace(region, start=start, stop=min(start + limit, region.stop))
     else:
         dim = next(d for d, length in enumerate(region.lengths) if length > 1)
         half = region.lengths[dim] // 2
@@ -74,12 +74,12 @@ def split_region(region: Region, limit: int) -> Iterator[Region]:
 
 def local_part(values: Tensor, region: Region, part: Region) -> Tensor:
     """The elements of `part` (inside `region`) among the `values` of `region`."""
-    if isinstance(region, Interval) and isinstance(part, Interval):
-        return values[part.start - region.start : part.stop - region.start]
     if isinstance(region, Box) and isinstance(part, Box):
         inner = tuple(a - b for a, b in zip(part.offsets, region.offsets, strict=True))
         return take(values, Box(inner, part.lengths))
-    raise TypeError(f"a part of {region} must be of its kind, not {part}")
+    if isinstance(region, Box) or isinstance(part, Box) or type(region) is not type(part):
+        raise TypeError(f"a part of {region} must be of its kind, not {part}")
+    return values[part.start - region.start : part.stop - region.start]
 
 
 def _tables(group: dist.ProcessGroup | None, items: Sequence[Item]) -> list[list[_Row]]:
@@ -124,7 +124,7 @@ def _buckets(owned: Iterable[tuple[int, _Row]]) -> Iterator[list[_Parcel]]:
 
 
 def _window(message: Tensor, parcel: _Parcel) -> Tensor:
-    shape = (parcel.part.numel,) if isinstance(parcel.part, Interval) else parcel.part.lengths
+    shape = parcel.part.lengths if isinstance(parcel.part, Box) else (parcel.part.numel,)
     return message[parcel.start : parcel.start + parcel.nbytes].view(parcel.row.dtype).view(shape)
 
 

@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import torch
 
-from sharded_avg.shard import Box, Interval, Patch, Shard, boxes_of_interval, patches, put, take
+from sharded_avg.shard import Box, Interval, Patch, Shard, Stretch, boxes_of_interval, patches, put, take
 
 SIZES = (1, 2, 3, 5, 7)
 SHAPES = [
@@ -161,3 +161,37 @@ def test_stand_in_is_the_same_on_every_rank(trainable: bool) -> None:
 def test_stand_in_of_an_integer_buffer() -> None:
     shard = Shard("n", torch.Size(()), Box.whole(()), torch.tensor(3), trainable=False, is_buffer=True)
     assert shard.stand_in().dtype == torch.int64
+
+
+SLICES = [
+    ((0, 2),),
+    ((1, 3),),
+    ((4, 1),),
+    ((0, 1), (3, 2)),
+    ((3, 2), (0, 1)),
+    ((0, 2), (2, 1), (4, 1)),
+    ((2, 3), (1, 0)),
+]
+CUT_SHAPES = [((5,), 0), ((5, 3), 0), ((3, 5), 1), ((2, 5, 3), 1), ((2, 3, 5), 2)]
+
+
+@pytest.mark.parametrize("slices", SLICES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), CUT_SHAPES, ids=str)
+def test_every_stretch(shape: tuple[int, ...], dim: int, slices: tuple[tuple[int, int], ...]) -> None:
+    """An interval of what slices along a dim leave: by torch.cat, and back."""
+    index = flat_indices(shape)
+    cut = torch.cat([index.narrow(dim, offset, length) for offset, length in slices], dim)
+    for interval in intervals(tuple(cut.shape)):
+        stretch = Stretch(dim, slices, interval.start, interval.stop)
+        assert stretch.cut_shape(shape) == tuple(cut.shape)
+        wanted, place = cut.reshape(-1)[interval.start : interval.stop], 0
+        for patch in patches(stretch, shape):  # in memory order, without gaps
+            assert patch.start == place, stretch
+            place = patch.stop
+            assert torch.equal(take(index, patch.box).reshape(-1), wanted[patch.start : patch.stop]), (stretch, patch)
+        assert place == stretch.numel == interval.numel, stretch
+        assert torch.equal(take(index, stretch), wanted), stretch
+        full = torch.zeros_like(index)
+        put(full, stretch, wanted + 1)
+        assert sorted(full[full > 0].tolist()) == sorted((wanted + 1).tolist()), stretch
+        assert torch.equal(take(full, stretch), wanted + 1), stretch

@@ -48,6 +48,7 @@ NOTES = {
             "unfused": ("runtime/fp16/unfused_optimizer.py",),
             "ZeRO 3": ("runtime/zero/stage3.py", "runtime/zero/parameter_offload.py"),
             "parameter": ("runtime/zero", "utils"),
+            "AutoTP": ("module_inject", "checkpoint/constants.py", "utils/groups.py"),
             "optional": ("runtime",),
         },
     ),

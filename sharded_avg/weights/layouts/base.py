@@ -36,6 +36,7 @@ class AbstractLayout(ABC):
     group: dist.ProcessGroup | None = None  # the ranks that hold the model together; None: each process holds all of it
     aliases: Mapping[str, str]  # second and further names of tied tensors -> their Shard's name; set by `shards()`
     publishes = False  # whether `publish` communicates
+    replica_set = (0, 1)  # among which of how many sets of ranks of `group` this one's replicas are equal
     knows_steps = False  # whether `step_was_skipped` knows every step
     has_stale_replicas = False  # a swap ended without the other ranks: their parts of this rank's copy are averages
 

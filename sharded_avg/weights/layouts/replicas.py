@@ -86,7 +86,7 @@ def differing_replicas(
             cut, values = _cut_of(replicas), digest([tensor for _, tensor in replicas])
     except BaseException as failure:
         error = failure
-    failed, stale, *apart = _spread(layout.group, [error is not None, layout.has_stale_replicas, cut, values])
+    failed, stale, *apart = _spread(layout, [error is not None, layout.has_stale_replicas, cut, values])
     if error is not None:
         raise error
     if failed[0]:
@@ -100,17 +100,22 @@ def differing_replicas(
             f"{len(replicas)} tensors with {sum(tensor.numel() for _, tensor in replicas)} elements. Nothing was "
             "changed. Give all ranks the same model, the same `include` and the same parameters to train"
         )
-    each = _spread(layout.group, [digest([tensor]) for _, tensor in replicas])
+    each = _spread(layout, [digest([tensor]) for _, tensor in replicas])
     return list(dict.fromkeys(n for (n, _), (high, low) in zip(replicas, each, strict=True) if high != low))
 
 
-def _spread(group: dist.ProcessGroup | None, values: Sequence[int]) -> list[tuple[int, int]]:
-    """Collective: all ranks must call. The largest and the smallest of each value over the ranks; one small message."""
-    device = comm_device(group)
-    both = torch.tensor([values, [-value for value in values]], dtype=torch.int64, device=device)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
-    highest, lowest = both.tolist()
-    return [(high, -low) for high, low in zip(highest, lowest, strict=True)]
+def _spread(layout: AbstractLayout, values: Sequence[int]) -> list[tuple[int, int]]:
+    """Collective: all ranks must call. The largest and the smallest of each value over the ranks; one small message.
+
+    Where several sets of ranks publish, each among itself, those of the set in which the value differs most.
+    """
+    mine, num_sets = layout.replica_set
+    both = torch.full((num_sets, 2, len(values)), torch.iinfo(torch.int64).min, dtype=torch.int64)
+    both[mine] = torch.tensor([values, [-value for value in values]], dtype=torch.int64)
+    both = both.to(comm_device(layout.group))
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=layout.group)
+    of_sets = [[(high, -low) for high, low in zip(*each, strict=True)] for each in both.tolist()]
+    return [max(pairs, key=lambda pair: (pair[0] - pair[1], pair)) for pairs in zip(*of_sets, strict=True)]
 
 
 def _cut_of(replicas: Named) -> int:

@@ -1,12 +1,13 @@
 """DeepSpeed: one engine, four stages, five optimizers, one cut.
 
-    engine        which of DeepSpeed's classes and attributes are used, and which engines are refused
-    piece         Piece: what this rank owns of one parameter; AbstractWeights: how one stage holds its weights
-    run           Run: parameters end to end in replicated weights, cut into equal stretches, one for each rank
-    replicated    stages 0, 1, 2: every rank has whole low-precision weights; Pieces come from Runs
-    partitioned   stage 3: every rank has `ds_tensor`, an equal stretch of each parameter, padded at the end
-    steps         when weights change: the steps of the optimizer that DeepSpeed wraps
-    layout        ZeroLayout, which turns Pieces into Shards
+    engine           which of DeepSpeed's classes and attributes are used, and which engines are refused
+    piece            Piece: what this rank owns of one parameter; AbstractWeights: how one stage holds its weights
+    run              Run: parameters end to end in replicated weights, cut into equal stretches, one for each rank
+    replicated       stages 0, 1, 2: every rank has whole low-precision weights; Pieces come from Runs
+    partitioned      stage 3: every rank has `ds_tensor`, an equal stretch of each parameter, padded at the end
+    tensor_parallel  AutoTP: what of each parameter was there to be divided
+    steps            when weights change: the steps of the optimizer that DeepSpeed wraps
+    layout           ZeroLayout, which turns Pieces into Shards
 
 [Note: masters]
 Trained weights live twice, also in fp32 training: the master that the optimizer steps, and the copy that forward reads.
@@ -23,7 +24,7 @@ place in its Run is therefore the distance between data pointers.
 [Note: DeepSpeed internals]
 A missing one is an `EngineVersionError`. A test holds the code to this list, and the list to the installed DeepSpeed.
 
-    engine     optimizer, module, seq_data_parallel_group, global_steps, checkpoint_engine
+    engine     optimizer, module, seq_data_parallel_group, global_steps, checkpoint_engine, mpu
                was_step_applied, zero_optimization_stage  public
     ZeRO 1, 2  bit16_groups  parameters
                bit16_groups_flat  weights
@@ -36,8 +37,12 @@ A missing one is an `EngineVersionError`. A test holds the code to this list, an
     parameter  ds_tensor, ds_id, ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather  stage 3
                ds_secondary_tensor  stage 3 with zero_hpz_partition_size
                _hp_mapping  stages 1, 2: only whether it is there: destroy() ends it
+    AutoTP     ds_autotp_universal_checkpoint_meta  of a parameter: how it is cut, for universal checkpoints
+               tensor_model_parallel  of a parameter that is cut
+               get_model_parallel_rank  of the mpu, which is deepspeed.utils.groups
     optional   backup_optimizer, using_real_optimizer, offloaded_states  what some releases have, and some engines
                has_moe_layers, mp_world_size, zenflow, swap_optimizer, params_in_nvme_and_cpu  refused where they are on
+               mesh_device, sequence_parallel_size  refused together in stages 0 to 2
                ds_quant_scale, is_deepcompile_active  the same
 
 [Note: gathered copies]

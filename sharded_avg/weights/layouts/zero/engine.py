@@ -78,6 +78,11 @@ def refuse(engine: Any) -> None:
             raise UnsupportedModelError(f"cannot average this DeepSpeed engine: {what}; {remedy}")
 
 
+def uses_autotp(engine: Any) -> bool:
+    """Whether DeepSpeed itself cuts parameters over tensor-parallel ranks; then its own module stands as the mpu."""
+    return getattr(getattr(engine, "mpu", None), "__name__", "") == "deepspeed.utils.groups"
+
+
 def moved_away(engine: Any) -> str:
     """What `engine.offload_states()` has put elsewhere for now; "" if nothing."""
     states = getattr(engine.optimizer, "offloaded_states", None) or ()
@@ -129,9 +134,9 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "train without DeepSpeed's MoE layers, or average the dense part in a model of its own",
     ),
     (
-        lambda engine: getattr(engine, "mp_world_size", 1) > 1,
-        "tensor parallelism (an mpu, or AutoTP) cuts the parameters, and DeepSpeed does not say along which dim",
-        "use data parallelism only, or FSDP2 with tensor parallelism",
+        lambda engine: getattr(engine, "mp_world_size", 1) > 1 and not uses_autotp(engine),
+        "tensor parallelism by an mpu of your own cuts the parameters, and nothing says along which dim",
+        "use AutoTP (tensor_parallel.autotp_size), data parallelism only, or FSDP2 with tensor parallelism",
     ),
     (
         lambda engine: (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....errors import LayoutChangedError, SwapError, UnsupportedModelError
-from ....shard import Box, Shard
+from ....shard import Box, Interval, Shard
 from ... import names
 from ..base import AbstractLayout, trainable
 from .engine import STAGE_3, STAGE_3_EVALUATION, is_a, kind, moved_away, need, never_steps, refuse
@@ -18,6 +18,7 @@ from .partitioned import Partitioned
 from .piece import AbstractWeights, Piece
 from .replicated import Replicated
 from .steps import steps_of
+from .tensor_parallel import Cut, cuts_of, refuse_uneven, replica_set_of
 
 
 class ZeroLayout(AbstractLayout):
@@ -35,8 +36,11 @@ class ZeroLayout(AbstractLayout):
         self._engine, self.model = engine, need(engine, "module")
         in_parts = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
         self._weights: AbstractWeights = Partitioned(engine) if in_parts else Replicated(engine)
-        self.group = self._weights.group
-        self.publishes = in_parts or dist.get_world_size(self.group) > 1
+        self.replica_set = replica_set_of(engine)
+        self.group = self._weights.group if self.replica_set[1] == 1 else dist.group.WORLD
+        self.publishes = in_parts or dist.get_world_size(self._weights.group) > 1
+        if not in_parts and dist.get_world_size(self._weights.group) > 1:
+            refuse_uneven(engine, cuts_of(engine))
         if reason := self._out_of_reach():
             raise UnsupportedModelError(reason)
         self.shards()  # a missing attribute is noticed now, not at the first update
@@ -56,10 +60,10 @@ class ZeroLayout(AbstractLayout):
             raise LayoutChangedError(reason)
         entries = names.entries(self.model)
         unique, self.aliases = names.split_ties(entries)
-        pieces = {id(piece.param): piece for piece in self._weights.pieces()}
+        pieces, cuts = {id(piece.param): piece for piece in self._weights.pieces()}, cuts_of(self._engine)
         order = {key: index for index, key in enumerate(pieces)}
         unique.sort(key=lambda entry: order.get(id(entry.tensor), len(order)))
-        shards = [_shard(entry, pieces.get(id(entry.tensor))) for entry in unique]
+        shards = [_shard(entry, pieces.get(id(entry.tensor)), cuts.get(id(entry.tensor))) for entry in unique]
         self._entries = [(entry, entry.tensor) for entry in entries]
         self._homes = [getattr(tensor, "ds_tensor", tensor) for _, tensor in self._entries]
         self._seen = self._now()
@@ -140,10 +144,15 @@ def _refuse_to_save(*_: Any, **__: Any) -> None:
     )
 
 
-def _shard(entry: names.Entry, piece: Piece | None) -> Shard:
+def _shard(entry: names.Entry, piece: Piece | None, cut: Cut | None) -> Shard:
     tensor = entry.tensor
-    if piece is not None:
-        return Shard(entry.name, piece.shape, piece.region, piece.tensor, piece.working, tensor.requires_grad)
-    whole = Box.whole(tensor.shape)
+    if piece is None:
+        piece = Piece(cast(nn.Parameter, tensor), tensor.shape, Box.whole(tensor.shape), tensor.detach(), None)
     trainable = tensor.requires_grad and not entry.is_buffer
-    return Shard(entry.name, tensor.shape, whole, tensor.detach(), None, trainable, entry.is_buffer)
+    if cut is None:
+        shape, values, working = piece.shape, piece.tensor, piece.working
+        return Shard(entry.name, shape, piece.region, values, working, trainable, entry.is_buffer)
+    part, values = piece.region, piece.tensor.view(-1)
+    part = Interval(0, values.numel()) if isinstance(part, Box) else part
+    working = None if piece.working is None else piece.working.view(-1)
+    return Shard(entry.name, cut.shape, cut.region(part), values, working, trainable, entry.is_buffer)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ....shard import Interval, Region
+from ....shard import Box, Interval
 
 EMPTY = Interval(0, 0)
 
@@ -20,7 +20,7 @@ class Piece:
 
     param: nn.Parameter
     shape: torch.Size
-    region: Region
+    region: Box | Interval
     tensor: Tensor  # fp32 master, or the parameter itself where there is none; 1-D for an Interval
     working: Tensor | None  # the same elements of what forward reads
 
