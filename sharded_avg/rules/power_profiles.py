@@ -127,7 +127,15 @@ def sigma_rel_of(gamma: float) -> float:
 
 
 def gamma_of_rule(settings: Mapping[str, Any]) -> float | None:
-    """The gamma of a saved rule (a manifest's "rule"); `None` if its shares are no power of time, or have no norm."""
-    power = {"PowerAverage": settings.get("power"), "SWA": 1}.get(str(settings.get("kind")))
-    is_number = isinstance(power, (int, float)) and not isinstance(power, bool) and isfinite(power)
-    return float(power) - 1 if is_number and power - 1 > LEAST_GAMMA else None  # type: ignore[operator, arg-type]
+    """The gamma of a saved rule (a manifest's "rule"); `None` if its shares are no power of time, or have no norm.
+
+    PolynomialAverage(eta) has the weights of gamma = eta but for the first few updates, and exactly at eta = 0.
+    """
+    of_kind = {"PowerAverage": ("power", -1), "PolynomialAverage": ("eta", 0)}
+    if settings.get("kind") == "SWA":
+        return 0.0
+    name, shift = of_kind.get(str(settings.get("kind")), ("", 0))
+    value = settings.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
+        return None
+    return value + shift if value + shift > LEAST_GAMMA else None

@@ -61,6 +61,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, torc
     return folder, train(folder, rules, 200, range(10, 201, 10))
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("sigma_rel", [0.06, 0.08, 0.12, 0.15])
 @pytest.mark.parametrize("out", ["x.safetensors", "folder"])
 def test_near_to_the_average_that_was_not_kept(long, sigma_rel, out, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sharded_avg import EMA, SWA, PowerAverage, Schedule, ShardedAverage, load_averaged_state_dict
+from sharded_avg import EMA, SWA, PolynomialAverage, PowerAverage, Schedule, ShardedAverage, load_averaged_state_dict
 from sharded_avg.commands.cli import main
 from tests.unit.commands.runs import Net, train
 
@@ -83,8 +83,9 @@ def test_under_a_schedule(tmp_path):
     assert (record["n_averaged"], record["updates"]) == (3, [[10, 16, 3]])
 
 
-def test_equal_weights_by_another_name(tmp_path):
-    live = train(tmp_path / "run", PowerAverage(1), 5, (2, 5))
+@pytest.mark.parametrize("rule", [PowerAverage(1), PolynomialAverage(0)])
+def test_equal_weights_by_another_name(rule, tmp_path):
+    live = train(tmp_path / "run", rule, 5, (2, 5))
     assert window(tmp_path / "run", "x.pt", 2, 5) == 0
     expected = torch.stack([live[step] for step in (3, 4, 5)]).mean(0)
     torch.testing.assert_close(

@@ -112,6 +112,8 @@ def test_profiles_that_there_are_not(gamma, length):
     [
         ({"kind": "PowerAverage", "power": 7.5}, 6.5),
         ({"kind": "SWA"}, 0.0),
+        ({"kind": "PolynomialAverage", "eta": 0}, 0),
+        ({"kind": "PolynomialAverage", "eta": 7}, 7),
         ({"kind": "PowerAverage", "power": 0.5}, None),  # no norm
         ({"kind": "EMA", "decay": 0.9}, None),
         ({"kind": "PowerAverage"}, None),
