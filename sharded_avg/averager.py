@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from .averages import profile
 from .averages.arguments import as_buffers, as_device, as_dtype, as_rules, as_schedule, check_storage, rings_of
 from .averages.profile import Stretch
-from .averages.state import State
+from .averages.state import Cost, State
 from .averages.store import AverageDtype, Store
 from .errors import ConfigError
-from .evaluation.distance import distance
+from .evaluation.distance import distance, distances
 from .evaluation.finite import live_is_finite
+from .evaluation.replicas import Differing, check_replicas
 from .exchange.handover import copy_to_model, raw_weights, republish, restore_raw
 from .exchange.summon import summoned
 from .exchange.swap import swapped
@@ -194,6 +195,28 @@ class ShardedAverage:
         """
         return profile.profile(*self._state.about(name), stretches)
 
+    @property
+    def last_update(self) -> Cost | None:
+        """What the latest update took on this rank: seconds, as the host saw it, and bytes read and written.
+
+        `None` before the first one of this process.
+        """
+        return self._state.last_update
+
+    def check_replicas(self) -> list[Differing]:
+        """Collective: all ranks must call. What is not equal on ranks that should hold the same: weights and averages.
+
+        Each entry says what ("weights", or the average's name), which parameter, and which ranks have other values
+        than most; none if all is well. Compares checksums of what several ranks hold (DDP, HSDP, ZeRO's weights, what
+        tensor parallelism leaves whole): a pass over that, and one small exchange. Now and then is enough:
+        `if average.num_steps % 1000 == 0: assert not average.check_replicas()`.
+        """
+        return check_replicas(self._state)
+
+    def distances(self, name: str | None = None) -> dict[str, float]:
+        """Collective: all ranks must call. As `distance`, for each module that has averaged tensors of its own."""
+        return distances(self._state, name)
+
     def distance(self, name: str | None = None) -> float:
         """Collective: all ranks must call. How far the average is from the live weights, relative to those.
 
@@ -216,13 +239,26 @@ class ShardedAverage:
         """Collective: all ranks must call. Copies, in host memory, of what `copy_to_model(name)` will replace."""
         return raw_weights(self._state, name)
 
-    def copy_to_model(self, name: str | None = None, *, undo: RawWeights | None = None) -> None:
+    def copy_to_model(
+        self,
+        name: str | None = None,
+        *,
+        factor: float = 1.0,
+        schedule: WhenFn | None = None,
+        undo: RawWeights | None = None,
+    ) -> bool:
         """Collective: all ranks must call. Make the averaged weights the model's own, masters included.
 
-        For the end of training. With `undo`, what `raw_weights` returned just before, an error or an interruption
-        leaves the raw weights. Raises `NotStartedError` before the first update.
+        At the end of training; or in the course of it, after `update()`, where methods write averages back (Lookahead,
+        Zhang 2019; Switch EMA, arXiv 2402.09240, 2024; Hare and Tortoise, 2406.02596): weights become
+        (1 - factor) * weights + factor * average, the optimizer's state stays as it is, and with a `schedule` this is
+        done at the steps that it chooses of `num_steps`, so that a resumed run goes on where it was. The other steps
+        cost nothing and communicate nothing. Returns whether it was done.
+
+        With `undo`, what `raw_weights` returned just before, an error or an interruption leaves the raw weights. Raises
+        `NotStartedError` before the first update, and `ConfigError` unless 0 < factor <= 1.
         """
-        copy_to_model(self._state, name, undo)
+        return copy_to_model(self._state, name, undo, factor, schedule)
 
     def restore_raw(self, raw: RawWeights) -> bool:
         """Collective: all ranks must call. Undo `copy_to_model`, bit for bit, masters included.

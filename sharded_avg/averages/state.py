@@ -9,7 +9,8 @@ from elsewhere take the place of those that are here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -29,6 +30,13 @@ from .store import Store
 swapped_models: WeakSet[nn.Module] = WeakSet()  # of any State: a model may have several
 
 
+class Cost(NamedTuple):
+    """What one update took on this rank. On a GPU, `seconds` is the time to enqueue it."""
+
+    seconds: float
+    nbytes: int  # read and written
+
+
 class State:
     """The averages of some members, and how far they have come."""
 
@@ -36,6 +44,8 @@ class State:
         self.members, self.rules, self.schedule, self.store = members, dict(rules), schedule, store
         self.histories = dict.fromkeys(rules, History())
         self.step = 0  # optimizer steps seen
+        self.written_back: dict[str, int] = {}  # the step after which an average was last written into the model
+        self._latest: tuple[float, list[str]] | None = None  # of the latest update: seconds, and of which averages
         self._attached: StepCount | None = None  # where the user's optimizers tell whether there was a step
         self.swapped: str | None = None  # the average that is in the model now
         self.lent: dict[str, Tensor] = {}  # while swapped: where averages lie that are not in the store
@@ -71,6 +81,11 @@ class State:
             attached.count()
         return bool(due)
 
+    @property
+    def last_update(self) -> Cost | None:
+        """What the latest update took on this rank; `None` before the first one of this process."""
+        return None if self._latest is None else Cost(self._latest[0], self.store.traffic(self._latest[1]))
+
     def attach(self, optimizers: Iterable[Any]) -> None:
         """See `ShardedAverage.attach`. Local."""
         found = list(map(stepping, optimizers))
@@ -85,7 +100,9 @@ class State:
 
     def _take_in(self, step: int, names: list[str]) -> None:
         self.arrange(admit=True)
+        begun = perf_counter()
         self.store.update(self.rules, {name: self.histories[name].moment(step) for name in names})
+        self._latest = perf_counter() - begun, names
         self.histories = self.histories | {name: self.histories[name].after(step) for name in names}
 
     def look(self, *, live: bool = False) -> None:

@@ -101,6 +101,16 @@ class Store:
         """Bytes that `update` uses beside the arenas."""
         return sum(scratch.nbytes for scratch in (*self._scratch.values(), *self._rooms.values()))
 
+    def traffic(self, names: Iterable[str]) -> int:
+        """Bytes that an update of these averages reads and writes, without scratch."""
+        live, total = sum(shard.tensor.nbytes for shard in self._shards.values()), 0
+        for name in names:
+            own = sum(arena.nbytes for arena in self._arenas[name].values())
+            ring = self.rings.get(name)
+            kept = 0 if ring is None else sum(a.nbytes for a in self._arenas[ring.column(0)].values())
+            total += own * 2 + kept * (0 if ring is None else ring.filled + 1)
+        return live + total
+
     def __contains__(self, shard_name: str) -> bool:
         return shard_name in self._shards
 

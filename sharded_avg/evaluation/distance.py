@@ -17,26 +17,45 @@ from ..tensors import split
 CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
 
 
-@torch.no_grad()
 def distance(state: State, name: str | None) -> float:
     """Collective: all ranks must call. ||live - average|| / ||live|| over all elements of all ranks, each once.
 
     0 if both are equal; infinite if only the live weights are zero. Computed in float64.
     """
+    return _ratio(_sums(state, name).sum(0))
+
+
+def distances(state: State, name: str | None) -> dict[str, float]:
+    """Collective: all ranks must call. The same for each module that has averaged parameters of its own, by path."""
+    modules: dict[str, Tensor] = {}
+    for shard, squares in zip(state.members.averaged, _sums(state, name), strict=True):
+        path = shard.name.rpartition(".")[0]
+        modules[path] = modules.get(path, 0) + squares
+    return {path: _ratio(squares) for path, squares in modules.items()}
+
+
+@torch.no_grad()
+def _sums(state: State, name: str | None) -> Tensor:
+    """Collective: all ranks must call. Of squares, for each averaged tensor: of the difference, of the live weights."""
     state.refuse_while_swapped("distance()")
     name, group = state.started(name), state.group
     with all_or_none(group, "looking up the live weights"):
         state.arrange()
     shards = state.members.averaged
     device = comm_device(group, shards[0].tensor.device if shards else None)
-    sums = torch.zeros(2, dtype=torch.float64)  # of squares: of the difference, and of the live weights
+    sums = torch.zeros(len(shards), 2, dtype=torch.float64)
+    rows = {shard.name: row for row, shard in enumerate(shards)}
     for shard in _owned(shards, group):
         for pair in split((shard.tensor, state.average_of(name, shard)), CHUNK_ELEMENTS):
-            sums += _squares(*pair)
+            sums[rows[shard.name]] += _squares(*pair)
     if size_of(group) > 1:
         sums = sums.to(device)
         dist.all_reduce(sums, group=group)
-    apart, size = sums.tolist()
+    return sums.cpu()
+
+
+def _ratio(squares: Tensor) -> float:
+    apart, size = squares.tolist()
     return sqrt(apart / size) if size else (float("inf") if apart else 0.0)
 
 

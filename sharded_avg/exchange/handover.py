@@ -2,6 +2,8 @@
 
 A swap is for a block of code; a handover is for the end of training. `raw_weights` keeps what it replaces, in host
 memory, `copy_to_model` replaces it, and `restore_raw` undoes that if nobody has given the model other weights since.
+In the course of training `copy_to_model` is a part of the method (Lookahead, Switch EMA): then it has a schedule, and
+perhaps a factor.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import torch
 
 from ..averages.state import State
 from ..ranks import all_or_none, gather_objects
+from ..rules.numbers import number
+from ..rules.schedule import WhenFn
 from ..weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from ..weights.layouts.replicas import differing_replicas, equal_replicas
 
@@ -25,23 +29,35 @@ def raw_weights(state: State, name: str | None) -> RawWeights:
 
 
 @torch.no_grad()
-def copy_to_model(state: State, name: str | None, undo: RawWeights | None) -> None:
+def copy_to_model(
+    state: State, name: str | None, undo: RawWeights | None, factor: float, schedule: WhenFn | None
+) -> bool:
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
+    number("copy_to_model(factor", factor, above=0, most=1, for_example=0.5)
     state.refuse_while_swapped("copy_to_model()")
-    name = state.started(name)
+    name = state.resolve(name)
+    # Steps are counted alike on all ranks. A step that was skipped leaves the count where it was: once is enough.
+    if schedule is not None and (state.written_back.get(name) == state.step or not schedule(state.step)):
+        return False
+    state.started(name)
     with equal_replicas(state.layout, "copying averages into the model"):
         state.arrange()
         state.layout.release()
     try:
         with all_or_none(state.group, "copying averages into the model"):
             for shard in state.members.averaged:
+                average = state.store.view(name, shard.name)
+                if factor != 1:
+                    average = shard.tensor.to(average).lerp(average, factor)  # from the master, if there is one
                 for live in live_tensors(shard):
-                    live.copy_(state.store.view(name, shard.name))
+                    live.copy_(average)
         publish_all(state)
     except BaseException:
         if undo is not None:
             bring_back(undo, state.members.averaged)
         raise
+    state.written_back[name] = state.step
+    return True
 
 
 @torch.no_grad()

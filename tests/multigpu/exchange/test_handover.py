@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sharded_avg import EMA, ShardedAverage, ShardedAvgError, UnsupportedModelError
+from sharded_avg import EMA, Schedule, ShardedAverage, ShardedAvgError, UnsupportedModelError
 from sharded_avg.saved.manifest import Manifest
 from sharded_avg.weights.write import write_live
 from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, one_size, run_row
@@ -105,6 +105,16 @@ def check_looking(row: Row) -> None:
         sum(float((x - a).square().sum()) for x, a in pairs) / sum(float(x.square().sum()) for x, _ in pairs)
     )
     assert average.distance() == pytest.approx(expected, rel=1e-9)
+    by_module = average.distances()
+    for path in {name.rpartition(".")[0] for name in raw}:
+        inside = [(raw[n].double(), averaged[n].double()) for n in raw if n.rpartition(".")[0] == path]
+        apart = sum(float((x - a).square().sum()) for x, a in inside)
+        size = sum(float(x.square().sum()) for x, _ in inside)
+        assert by_module[path] == pytest.approx(sqrt(apart / size), rel=1e-9), path
+    assert average.last_update is not None
+    assert average.last_update.seconds > 0
+    assert average.last_update.nbytes >= 2 * average.nbytes
+    assert average.check_replicas() == []
     assert average.live_is_finite()
     hold = average._state.members.averaged
     last = dist.get_rank() == dist.get_world_size() - 1 if dist.is_initialized() else True
@@ -132,7 +142,33 @@ def check_unscheduled(row: Row) -> None:
     assert (average.n_averaged, average.num_steps) == (2, 2)
 
 
-CHECKS = (check_raw_weights, check_taking_over, check_writing_live, check_looking, check_unscheduled)
+def check_write_back(row: Row) -> None:
+    """Half-way to the average, by plain arithmetic on full tensors; then all the way. Optimizers go on from there."""
+    engine, average = trained(row)
+    raw, averaged = engine.full(), full_of(average)
+    when = Schedule(every_steps=NUM_STEPS)
+    assert average.copy_to_model(factor=0.5, schedule=when)
+    assert not average.copy_to_model(factor=0.5, schedule=when), "twice after one step"
+    for name, tensor in engine.full().items():
+        expected = raw[name].to(averaged[name]).lerp(averaged[name], 0.5).to(tensor.dtype)
+        assert torch.equal(tensor, expected), name
+    assert same(full_of(average), averaged)
+    assert not average.check_replicas()
+    engine.learn_steps(NUM_STEPS, NUM_STEPS + 1)
+    average.update()
+    before = engine.full()
+    assert not average.copy_to_model(schedule=when)
+    assert same(engine.full(), before)
+
+
+CHECKS = (
+    check_raw_weights,
+    check_taking_over,
+    check_writing_live,
+    check_looking,
+    check_unscheduled,
+    check_write_back,
+)
 
 
 def check_all(row: Row) -> None:
