@@ -152,11 +152,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the batches")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for what the run writes")
     parser.add_argument("--tiny", action="store_true", help="a toy model and little validation text, for tests")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: there must be at least one")
     if "RANK" not in os.environ:
-        parser.error("start it with torchrun: torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py")
+        parser.error(
+            "start it with a launcher: torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py, or "
+            "DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 examples/text_fsdp2.py --engine zero3"
+        )
     return args
 
 

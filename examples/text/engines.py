@@ -61,7 +61,7 @@ def fsdp1(model: nn.Module, learning_rate: float) -> Training:
 
 def zero(model: nn.Module, learning_rate: float, *, stage: int) -> Training:
     """DeepSpeed ZeRO: stages 1 and 2 keep whole weights on each rank, stage 3 cuts them too."""
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     config = {
         "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own log uses it: batches come from the loop
         "gradient_accumulation_steps": 1,
@@ -78,13 +78,14 @@ def zero(model: nn.Module, learning_rate: float, *, stage: int) -> Training:
     return Training(engine, learn)
 
 
-def _import_deepspeed():  # type: ignore[no-untyped-def]
+def import_deepspeed():  # type: ignore[no-untyped-def]
+    """DeepSpeed on CPUs, quiet. Exits with what to install where it is missing."""
     scripts = str(Path(sys.executable).parent)  # DeepSpeed builds a small op once, and looks for ninja in PATH
     os.environ.update(DS_ACCELERATOR="cpu", PATH=os.pathsep.join([scripts, os.environ.get("PATH", "")]))
     try:
         import deepspeed
     except ImportError as error:
-        raise SystemExit(f"--engine zero... needs DeepSpeed ({error}): pip install deepspeed") from error
+        raise SystemExit(f"this needs DeepSpeed ({error}): pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     return deepspeed

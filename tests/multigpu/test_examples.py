@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from sharded_avg import load_averaged_state_dict
 from tests.helpers.further import covered_by
-from tests.helpers.launch import EXAMPLES, Finished, run_agents
+from tests.helpers.launch import EXAMPLES, Finished, free_port, run_agents, run_python
 
 SCRIPT = EXAMPLES / "text_fsdp2.py"
 TIMEOUT_S = {"torch": 300.0, "deepspeed": 500.0}  # on an idle machine 10 s; DeepSpeed builds its op once
@@ -149,3 +151,43 @@ def test_which_rule():
     which_rule = import_example("which_rule")
     names = [name.replace("@", ".") for name in (*which_rule.whole_run(8), *which_rule.last_part(8))]
     assert all(done.stdout.count(f" {name} ") == len(which_rule.RATES) for name in names)
+
+
+@pytest.mark.parametrize("launcher", covered_by(["deepspeed"], ["deepspeed", "torchrun"]))
+def test_deepspeed_text(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R30: both launchers; then three ranks go on where two were, with a checkpoint that DeepSpeed has converted."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    script, out = EXAMPLES / "deepspeed_text.py", tmp_path / "out"
+    arguments = [str(script), "--tiny", "--steps", "3", "--out", str(out)]
+    if launcher == "deepspeed":
+        port = ["--master_port", str(free_port())]
+        launch = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", *port]
+        job = run_python([*launch, *arguments], tmp_path, timeout_s=TIMEOUT_S["deepspeed"])
+    else:
+        job = run_example(out, "--steps", "3", script=script, kind="deepspeed")
+    assert job.code == 0, job.output
+    assert "accumulation, 2 ranks, step 3" in job.output
+    full = torch.load(out / "averaged.pt", weights_only=True)
+    low = torch.load(out / "averaged_16bit.bin", weights_only=True)
+    assert all(torch.equal(low[name], value.to(low[name].dtype)) for name, value in full.items())
+    saved = load_averaged_state_dict(out / "average")
+    assert all(torch.equal(saved[name], full[name]) for name in saved)
+    if launcher == "torchrun":
+        folders = ["--input_folder", str(out / "checkpoint/last"), "--output_folder", str(out / "checkpoint/universal")]
+        convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *folders]
+        assert run_python(convert, tmp_path, timeout_s=100).code == 0
+        job = run_example(out, "--steps", "2", "--resume", ranks=3, script=script, kind="deepspeed")
+        assert job.code == 0, job.output
+        assert "accumulation, 3 ranks, step 5" in job.output
+
+
+@pytest.mark.parametrize("script", ["deepspeed_text.py", "text_fsdp2.py"])
+def test_what_a_launcher_passes_is_taken(script: str, tmp_path: Path) -> None:
+    """R30: `--local_rank`; without a launcher, both are named."""
+    job = run_python([str(EXAMPLES / script), "--local_rank=0"], tmp_path, timeout_s=100)
+    assert job.code == 2
+    assert "unrecognized" not in job.output
+    assert "torchrun" in job.output
+    assert "deepspeed" in job.output

@@ -156,9 +156,17 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "turn zero_optimization.zenflow and offload_optimizer.super_offload off",
     ),
     (
-        lambda engine: any(getattr(engine.optimizer, n, False) for n in ("swap_optimizer", "params_in_nvme_and_cpu")),
-        "its fp32 masters or weights are swapped to NVMe and cannot be read in place",
-        'use {"device": "cpu"} for offload_optimizer and offload_param',
+        lambda engine: bool(getattr(engine.optimizer, "swap_optimizer", False)),
+        "its fp32 masters are in files (offload_optimizer to NVMe): DeepSpeed reads a sub-group at a time in step() "
+        "and drops it again, so an update would read all of them from the disk a second time, and the average, which "
+        "is as large, would have to be taken in a sub-group at a time inside DeepSpeed's step",
+        'use {"device": "cpu"} for offload_optimizer',
+    ),
+    (
+        lambda engine: bool(getattr(engine.optimizer, "params_in_nvme_and_cpu", False)),
+        "its low-precision weights are in files between uses (offload_param to NVMe), where a swap cannot write "
+        "averages into them; its fp32 masters are in memory",
+        'use {"device": "cpu"} for offload_param, or none',
     ),
     (
         lambda engine: is_a(engine.optimizer, "MiCS_Optimizer"),

@@ -60,8 +60,9 @@ def cuts_of(engine: Any) -> dict[int, Cut]:
             cuts[id(param)] = _cut(name, meta, rank, local)
     if not described:
         raise UnsupportedModelError(
-            "cannot average this DeepSpeed engine: AutoTP cuts parameters, and this version of DeepSpeed does not say "
-            "along which dim; use a newer DeepSpeed (0.19.8 says so), data parallelism only, or FSDP2 with tensor "
+            "cannot average this DeepSpeed engine: AutoTP is on, and no parameter says how it was cut: no layer "
+            "fits tensor_parallel.partition_config, or this version of DeepSpeed does not say it (0.19.8 does). Name "
+            "the layers, use a newer DeepSpeed, data parallelism only, or FSDP2 with tensor "
             "parallelism"
         )
     return cuts
