@@ -66,6 +66,19 @@ def test_what_is_deployed_is_what_was_measured(name: str, tmp_path: Path) -> Non
     check_run(name, out, job.code, job.output)
 
 
+@pytest.mark.further
+@pytest.mark.parametrize("config", ["stage2_bf16", "stage3_hpz"])
+def test_deepspeeds_own_json(config: str, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    path, out = EXAMPLES / "deepspeed" / f"{config}.json", tmp_path / "out"
+    job = run_python([str(EXAMPLES / "deepspeed_lightning.py"), str(out), str(path)], tmp_path, timeout_s=TIMEOUT_S)
+    assert job.code == 0, job.output
+    in_training = float(re.findall(rf"^measured in bf16: averaged loss {NUMBER}$", job.output, re.MULTILINE)[0])
+    deployed, accuracy = measured(job.output, "deployed in fp32: averaged")
+    assert deployed == pytest.approx(in_training, rel=0.02)
+    assert accuracy > 0.9
+
+
 def test_other_weights_fail_the_example() -> None:
     network, report = digits("network"), digits("report")
     torch.manual_seed(0)

@@ -65,7 +65,8 @@ def test_accelerate() -> None:
         counted.append(average.update())
         if accelerator.sync_gradients:
             slow = {name: torch.lerp(slow.get(name, live), live, 0.5) for name, live in masters(model).items()}
-    assert counted == [False, False, False, True] * 2, counted
+    assert len(counted) >= 8
+    assert counted == [False, False, False, True] * (len(counted) // 4)
     with average.summon_full_params(rank0_only=False) as full:
         assert_same(full, slow)
     model.destroy()
