@@ -5,7 +5,7 @@ and checkpoints use them and never ask which layout did.
 
     Box       n-D rectangle of the full tensor           DTensor: FSDP2, TP, HSDP; whole tensors
     Interval  [start, stop) of the row-major flattening  FSDP1, ZeRO 1/2/3, partitioned DDP
-    Stretch   an Interval of what slices along one dim   DeepSpeed's AutoTP with ZeRO 1/2/3
+    Stretch   an Interval of what slices along one dim   DeepSpeed's AutoTP with ZeRO
               leave of the full tensor
 
 Any may be empty: a rank that holds nothing of a parameter still has a Shard for it, so that every rank knows every

@@ -166,6 +166,10 @@ def check(stage: int, up: int, path: Path, **more: Any) -> None:
         whole += slow["out.bias"].numel() + slow["down.bias"].numel()
         assert held == sum(value.numel() for value in slow.values()) + whole  # what is whole on both of a pair
         raw, live = evaluate(engine), masters(engine)
+        apart = torch.cat([(live[name] - slow[name]).double().view(-1) for name in slow]).norm()
+        size = torch.cat([value.double().view(-1) for value in live.values()]).norm()
+        assert average.distance() == pytest.approx(float(apart / size), rel=1e-6)  # each element once
+        assert average.live_is_finite()
         with average.swapped():
             assert_same(weights(engine), {name: value.to(torch.bfloat16) for name, value in slow.items()})
             averaged = evaluate(engine)

@@ -56,6 +56,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = _files() | {
     "stage 3, nothing persistent": _zero(3, stage3_param_persistence_threshold=0),
     "stage 3, sub-groups of 20 elements": _zero(3, sub_group_size=20),
     "stage 3, fp16": _zero(3, {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+    "stage 0, AutoTP": _zero(0) | {"tensor_parallel": _files()["autotp.json"]["tensor_parallel"]},
     "stage 3, AutoTP": _zero(3) | {"tensor_parallel": _files()["autotp.json"]["tensor_parallel"]},
     "stage 2, a warm-up schedule": _zero(2)
     | {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.001, "warmup_num_steps": 3}}},
