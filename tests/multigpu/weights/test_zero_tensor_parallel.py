@@ -59,6 +59,9 @@ def plain(up: int) -> Model:
 def engine_of(stage: int, up: int, **more: Any) -> Iterator[Any]:
     """Tensor-parallel over pairs of ranks; DeepSpeed keeps the mesh for the life of a process."""
     deepspeed = pytest.importorskip("deepspeed")
+    training = pytest.importorskip("deepspeed.runtime.tensor_parallel.config").TPTrainingConfig
+    if "partition_config" not in training.model_fields:
+        pytest.skip(f"DeepSpeed {deepspeed.__version__} has no tensor_parallel.partition_config")
     model, groups = plain(up), deepspeed.utils.groups
     specs = [
         {"patterns": [r"qkv\.(weight|bias)$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
