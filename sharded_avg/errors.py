@@ -12,6 +12,8 @@ ShardedAvgError
   CheckpointError        a saved average that does not fit, or is torn   -> the message lists what is missing
 """
 
+import warnings
+
 
 class ShardedAvgError(Exception):
     """Base of everything that this package raises on purpose."""
@@ -51,3 +53,11 @@ class ReplicaError(ShardedAvgError, RuntimeError):
 
 class CheckpointError(ShardedAvgError, RuntimeError):
     """A saved average is missing, torn, or does not fit the model."""
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Say more with an error that is on its way. Before Python 3.11, as a warning."""
+    if hasattr(error, "add_note"):
+        error.add_note(f"sharded_avg: {note}")
+    else:
+        warnings.warn(note, stacklevel=3)

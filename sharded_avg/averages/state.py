@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigError, NotStartedError, SwapError
+from ..ranks import Asked
 from ..rules.base import AbstractRule
 from ..rules.schedule import WhenFn
 from ..shard import Shard
@@ -152,6 +153,13 @@ class State:
         if self.swapped == name and shard.name in self.lent:
             return self.lent[shard.name]
         return self.store.view(name, shard.name)
+
+    def asks(self, call: str) -> Asked:
+        """A call that all ranks make together, and how far this rank has come: what they compare before it."""
+        if self.group is None:
+            return Asked(call)
+        counts = ", ".join(f"{history.n_averaged} of {name!r}" for name, history in self.histories.items())
+        return Asked(f"{call} after {self.step} steps and {counts}", *self.members.digests)
 
     # -- guards ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError
-from ..ranks import accelerator, everyone, meeting
+from ..ranks import accelerator, everyone, interruptible, meeting, uninterrupted
 from .kept import Kept, require_module
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # private, but the one class of all kinds, as in torch's own update_bn
@@ -51,20 +51,22 @@ def refreshed_batch_norm(
 
     Raises `ConfigError` if there is no batch, and `PeerError` if another rank failed; everything is as before then.
     """
-    require_module(model)
     kept = Kept()
-    try:
-        with meeting(everyone(group), "recomputing BatchNorm statistics"):
-            layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-            kept.buffers(layers)
-            kept.attribute(model.modules(), "training")
-            kept.attribute(layers, "momentum")
-            kept.no_sync(model)
-            if layers:
-                _recompute(model, layers, batches, forward or _first_is_input)
-        yield
-    finally:
-        kept.put_back()
+    with uninterrupted():
+        try:
+            with meeting(everyone(group), "recomputing BatchNorm statistics"):
+                require_module(model)
+                layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+                kept.buffers(layers)
+                kept.attribute(model.modules(), "training")
+                kept.attribute(layers, "momentum")
+                kept.no_sync(model)
+                if layers:
+                    _recompute(model, layers, batches, forward or _first_is_input)
+            with interruptible():
+                yield
+        finally:
+            kept.put_back()
 
 
 def _first_is_input(model: nn.Module, batch: Any) -> object:

@@ -10,7 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..ranks import all_or_none, comm_device, everyone, gather_objects, size_of
+from ..ranks import (
+    all_or_none,
+    comm_device,
+    everyone,
+    gather_objects,
+    interruptible,
+    size_of,
+    traffic,
+    uninterrupted,
+)
 from ..tensors import is_dtensor
 from ..weights import names
 from ..weights.buffers import left_live
@@ -35,28 +44,34 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
     Raises `UnsupportedModelError` if ranks have different buffers, and `PeerError` if another rank failed; everything
     is as before then. While it is entered it needs 8 bytes an element, beside the values that it keeps.
     """
-    require_module(model)
     group, doing, kept = everyone(group), "averaging buffers over the ranks", Kept()
-    with all_or_none(group, doing):
-        unique, _ = names.split_ties([entry for entry in names.entries(model) if entry.is_buffer])
-        left = left_live(model)
-        entries = [entry for entry in unique if entry.name not in left and _can_be_averaged(entry.tensor)]
-        for entry in entries:
-            kept.buffer(entry.slot, entry.key)
-        live = [entry.tensor.detach() for entry in entries]
-        sums = _laid_end_to_end(live, group)
-    _refuse_differences(gather_objects(group, [(e.name, tuple(e.tensor.shape), e.tensor.dtype) for e in entries]))
-    if size_of(group) > 1:
-        for start in range(0, sums.numel(), _BUCKET_NUMEL):
-            dist.all_reduce(sums[start : start + _BUCKET_NUMEL], group=group)
-    try:
-        with all_or_none(group, doing):
-            _write_means(live, sums, group)
-        del sums
-        kept.no_sync(model)
-        yield
-    finally:
-        kept.put_back()
+    with uninterrupted():
+        try:
+            with all_or_none(group, doing):
+                require_module(model)
+                unique, _ = names.split_ties([entry for entry in names.entries(model) if entry.is_buffer])
+                left = left_live(model)
+                entries = [entry for entry in unique if entry.name not in left and _can_be_averaged(entry.tensor)]
+                for entry in entries:
+                    kept.buffer(entry.slot, entry.key)
+                live = [entry.tensor.detach() for entry in entries]
+                sums = _laid_end_to_end(live, group)
+            mine = [(e.name, tuple(e.tensor.shape), e.tensor.dtype) for e in entries]
+            tables = gather_objects(group, mine, doing)
+            with all_or_none(group, doing):
+                _refuse_differences(tables)
+            if size_of(group) > 1:
+                with traffic(group, doing) as messages:
+                    for start in range(0, sums.numel(), _BUCKET_NUMEL):
+                        messages.all_reduce(sums[start : start + _BUCKET_NUMEL])
+            with all_or_none(group, doing):
+                _write_means(live, sums, group)
+                kept.no_sync(model)
+            del sums
+            with interruptible():
+                yield
+        finally:
+            kept.put_back()
 
 
 def _can_be_averaged(buffer: Tensor) -> bool:

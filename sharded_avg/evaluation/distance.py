@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..averages.state import State
-from ..ranks import all_or_none, comm_device, gather_objects, rank_in, size_of
+from ..ranks import all_or_none, collective, comm_device, gather_objects, rank_in, size_of, traffic
 from ..shard import Region, Shard
 from ..tensors import split
 
 CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
 
 
+@collective
 def distance(state: State, name: str | None) -> float:
     """Collective: all ranks must call. ||live - average|| / ||live|| over all elements of all ranks, each once.
 
@@ -25,6 +26,7 @@ def distance(state: State, name: str | None) -> float:
     return _ratio(_sums(state, name).sum(0))
 
 
+@collective
 def distances(state: State, name: str | None) -> dict[str, float]:
     """Collective: all ranks must call. The same for each module that has averaged parameters of its own, by path."""
     modules: dict[str, Tensor] = {}
@@ -37,21 +39,25 @@ def distances(state: State, name: str | None) -> dict[str, float]:
 @torch.no_grad()
 def _sums(state: State, name: str | None) -> Tensor:
     """Collective: all ranks must call. Of squares, for each averaged tensor: of the difference, of the live weights."""
-    state.refuse_while_swapped("distance()")
-    name, group = state.started(name), state.group
-    with all_or_none(group, "looking up the live weights"):
+    group, doing = state.group, "measuring the distance of average and live weights"
+    with all_or_none(group, doing) as part:
+        part.asked = state.asks(f"distance({name!r})")
+        state.refuse_while_swapped("distance()")
+        name = state.started(name)
         state.arrange()
-    shards = state.members.averaged
-    device = comm_device(group, shards[0].tensor.device if shards else None)
-    sums = torch.zeros(len(shards), 2, dtype=torch.float64)
-    rows = {shard.name: row for row, shard in enumerate(shards)}
-    for shard in _owned(shards, group):
-        for pair in split((shard.tensor, state.average_of(name, shard)), CHUNK_ELEMENTS):
-            sums[rows[shard.name]] += _squares(*pair)
+        shards = state.members.averaged
+    held: list[dict[str, Region]] = gather_objects(group, {shard.name: shard.region for shard in shards}, doing)
+    with all_or_none(group, doing):
+        sums = torch.zeros(len(shards), 2, dtype=torch.float64)
+        rows = {shard.name: row for row, shard in enumerate(shards)}
+        for shard in _owned(shards, held, group):
+            for pair in split((shard.tensor, state.average_of(name, shard)), CHUNK_ELEMENTS):
+                sums[rows[shard.name]] += _squares(*pair)
+        sent = sums.to(comm_device(group, shards[0].tensor.device if shards else None))
     if size_of(group) > 1:
-        sums = sums.to(device)
-        dist.all_reduce(sums, group=group)
-    return sums.cpu()
+        with traffic(group, doing) as messages:
+            messages.all_reduce(sent)
+    return sent.cpu()
 
 
 def _ratio(squares: Tensor) -> float:
@@ -65,9 +71,8 @@ def _squares(live: Tensor, average: Tensor) -> Tensor:
     return torch.stack([(live - average).abs().square().sum(), live.abs().square().sum()]).cpu()
 
 
-def _owned(shards: Sequence[Shard], group: dist.ProcessGroup | None) -> list[Shard]:
+def _owned(shards: Sequence[Shard], held: list[dict[str, Region]], group: dist.ProcessGroup | None) -> list[Shard]:
     """The shards that this rank counts: of equal regions on several ranks (replicas), the lowest rank's."""
-    held: list[dict[str, Region]] = gather_objects(group, {s.name: s.region for s in shards})
     me = rank_in(group) if group is not None else 0
     counted = {item for table in held[:me] for item in table.items()}
     return [s for s in shards if (s.name, s.region) not in counted]

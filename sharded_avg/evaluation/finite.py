@@ -9,47 +9,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..averages.state import State
-from ..errors import PeerError
-from ..ranks import all_or_none, comm_device, size_of
+from ..ranks import collective, decided
 
-_FAILED, _NOT_FINITE, _FINITE = -1, 0, 1  # the worst answer wins: ranks take the minimum
 _NARROW = 1  # bytes an element: 8-bit floats, which torch has no norms for
 _CHUNK_NUMEL = 1 << 20
 
 
+@collective
 @torch.no_grad()
 def live_is_finite(state: State) -> bool:
     """Collective: all ranks must call. See `ShardedAverage.live_is_finite`."""
-    with all_or_none(state.group, "looking up the live weights"):
+
+    def look() -> bool:
         state.members.refresh()
-    return all_finite([shard.tensor for shard in state.members.averaged], state.group)
+        return _finite_here(shard.tensor for shard in state.members.averaged)
+
+    return decided(state.group, look, all, "looking for NaN and infinity in the live weights")
 
 
+@collective
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> bool:
     """Collective: all ranks must call. Whether no rank's `tensors` hold a NaN or an infinity.
 
     Ranks may bring different tensors, or none; empty ones and integers are finite. One pass over local memory without
-    a copy of it, one number from each device to the host, and one all-reduce of four bytes. If a rank cannot look at
-    its tensors it raises why, and the others raise `PeerError`.
+    a copy of it, one number from each device to the host, and one word to the other ranks. If a rank cannot look at its
+    tensors it raises why, and the others raise `PeerError`.
     """
-    error: BaseException | None = None
-    try:
-        answer = _FINITE if _finite_here(tensors) else _NOT_FINITE
-    except BaseException as failure:
-        answer, error = _FAILED, failure
-    if size_of(group) > 1:
-        worst = torch.tensor([answer], dtype=torch.int32, device=comm_device(group))
-        dist.all_reduce(worst, op=dist.ReduceOp.MIN, group=group)
-        answer = int(worst)
-    if error is not None:
-        raise error
-    if answer == _FAILED:
-        raise PeerError(
-            "another rank failed while looking for NaN and infinity, so nothing is known about its values. The cause "
-            "is in the traceback of that rank."
-        )
-    return answer == _FINITE
+    return decided(group, lambda: _finite_here(tensors), all, "looking for NaN and infinity")
 
 
 def _finite_here(tensors: Iterable[Tensor]) -> bool:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..ranks import agree, comm_device, gather_objects, rank_in, send
+from ..ranks import Traffic, all_or_none, collective, comm_device, gather_objects, rank_in, traffic
 from ..shard import Box, Region, put, take
 
 BUCKET_BYTES = 64 << 20
@@ -33,6 +33,7 @@ class Item:
     shape: torch.Size
     region: Region
     values: Tensor
+    kind: str = ""  # the same on all ranks that have a piece of this tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class _Row:
     shape: tuple[int, ...]
     region: Region
     dtype: torch.dtype
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def local_part(values: Tensor, region: Region, part: Region) -> Tensor:
 def _tables(group: dist.ProcessGroup | None, items: Sequence[Item]) -> list[list[_Row]]:
     # A tensor without elements is whole on every rank: nothing moves, but its key belongs into the result.
     held = [item for item in items if item.region.numel or not item.shape.numel()]
-    mine = [_Row(i.name, tuple(i.shape), i.region, i.values.dtype) for i in held]
+    mine = [_Row(i.name, tuple(i.shape), i.region, i.values.dtype, i.kind) for i in held]
     return gather_objects(group, mine)
 
 
@@ -96,6 +98,12 @@ def _owned(tables: list[list[_Row]]) -> list[tuple[int, _Row]]:
         for row in table:
             by_name.setdefault(row.name, {}).setdefault(row.region, (rank, row))
     for name, regions in by_name.items():
+        kinds = {(row.shape, row.dtype, row.kind) for _, row in regions.values()}
+        if len(kinds) > 1:
+            raise UnsupportedModelError(
+                f"ranks have different things under the name {name!r}: {sorted(map(str, kinds))}. Nothing was "
+                "gathered. Give all ranks the same model, the same `include` and the same parameters to train"
+            )
         covered = sum(region.numel for region in regions)
         numel = torch.Size(next(iter(regions.values()))[1].shape).numel()
         if covered != numel:
@@ -128,6 +136,7 @@ def _window(message: Tensor, parcel: _Parcel) -> Tensor:
     return message[parcel.start : parcel.start + parcel.nbytes].view(parcel.row.dtype).view(shape)
 
 
+@collective
 def gather(
     group: dist.ProcessGroup | None, items: Sequence[Item], *, rank0_only: bool, device: torch.device | None
 ) -> dict[str, Tensor]:
@@ -136,50 +145,70 @@ def gather(
     `device`: where the full tensors are put; `None` is where each piece lives. Beside the result, a rank holds at most
     one bucket (64 MiB) at a time. Raises `UnsupportedModelError` if the pieces do not cover a tensor.
     """
-    owned = _owned(_tables(group, items))
-    mine = {item.name: item for item in items}
-    keeps = rank_in(group) == 0 or not rank0_only
-    full, error = {}, None
-    try:
-        for _, row in owned if keeps else ():
-            if row.name not in full:
-                where = device if device is not None else mine[row.name].values.device
-                full[row.name] = torch.empty(row.shape, dtype=row.dtype, device=where)
-    except Exception as failure:  # out of memory here must not leave the others waiting
-        error = failure
-    agree(group, error, "allocating full tensors")
-    for bucket in _buckets(owned):
-        _move_bucket(group, bucket, mine, full, rank0_only)
+    doing = "gathering full tensors"
+    tables = _tables(group, items)
+    with all_or_none(group, doing):
+        buckets = list(_buckets(_owned(tables)))
+        mine = {item.name: item for item in items}
+        full: dict[str, Tensor] = {}
+        if rank_in(group) == 0 or not rank0_only:
+            for row in (row for table in tables for row in table):
+                if row.name not in full:
+                    where = device if device is not None else mine[row.name].values.device
+                    full[row.name] = torch.empty(row.shape, dtype=row.dtype, device=where)
+        room = _room(group, (messages for bucket in buckets for messages in _messages(bucket).values()))
+    with traffic(group, doing) as messages:
+        for bucket in buckets:
+            _move_bucket(messages, bucket, mine, full, rank0_only, room)
     return full
 
 
+def _messages(bucket: Iterable[_Parcel]) -> dict[int, list[_Parcel]]:
+    """What each owner sends of a bucket, in rank order."""
+    by_owner: dict[int, list[_Parcel]] = {}
+    for parcel in bucket:
+        by_owner.setdefault(parcel.owner, []).append(parcel)
+    return dict(sorted(by_owner.items()))
+
+
+def _nbytes(parcels: Sequence[_Parcel]) -> int:
+    return parcels[-1].start + parcels[-1].nbytes
+
+
+def _room(group: dist.ProcessGroup | None, messages: Iterable[Sequence[_Parcel]]) -> Tensor:
+    """Memory for the longest of these messages."""
+    return torch.empty(max(map(_nbytes, messages), default=0), dtype=torch.uint8, device=comm_device(group))
+
+
 def _move_bucket(
-    group: dist.ProcessGroup | None,
+    messages: Traffic,
     bucket: list[_Parcel],
     mine: dict[str, Item],
     full: dict[str, Tensor],
     rank0_only: bool,
+    room: Tensor,
 ) -> None:
+    group = messages.group
     me = rank_in(group) if group is not None else 0
-    by_owner: dict[int, list[_Parcel]] = {}
-    for parcel in bucket:
-        by_owner.setdefault(parcel.owner, []).append(parcel)
-    for owner, parcels in sorted(by_owner.items()):
+    for owner, parcels in _messages(bucket).items():
         if group is None or (owner == 0 and rank0_only):
-            if me == owner and full:
-                for parcel in parcels:
-                    put(full[parcel.row.name], parcel.part, _values(mine, parcel))
+            with messages.attempt():
+                if me == owner and full:
+                    for parcel in parcels:
+                        put(full[parcel.row.name], parcel.part, _values(mine, parcel))
             continue
         if rank0_only and me not in (0, owner):
             continue
-        message = torch.empty(parcels[-1].start + parcels[-1].nbytes, dtype=torch.uint8, device=comm_device(group))
-        if me == owner:
-            for parcel in parcels:
-                _window(message, parcel).copy_(_values(mine, parcel))
-        send(message, group=group, src=owner, dst=0 if rank0_only else None)
-        if full:
-            for parcel in parcels:
-                put(full[parcel.row.name], parcel.part, _window(message, parcel))
+        message = room[: _nbytes(parcels)]
+        with messages.attempt():
+            if me == owner:
+                for parcel in parcels:
+                    _window(message, parcel).copy_(_values(mine, parcel))
+        messages.send(message, src=owner, dst=0 if rank0_only else None)
+        with messages.attempt():
+            if full:
+                for parcel in parcels:
+                    put(full[parcel.row.name], parcel.part, _window(message, parcel))
 
 
 def _values(mine: dict[str, Item], parcel: _Parcel) -> Tensor:
@@ -187,37 +216,41 @@ def _values(mine: dict[str, Item], parcel: _Parcel) -> Tensor:
     return local_part(item.values, item.region, parcel.part)
 
 
+@collective
 def scatter(
     group: dist.ProcessGroup | None, items: Sequence[Item], full: dict[str, Tensor], *, rank0_only: bool
 ) -> None:
     """Collective: all ranks must call. Write full tensors back into every rank's pieces, from rank 0 or each its own.
 
-    `full` holds every name of `items` where it is read; shapes must have been checked.
+    `full` holds every name of `items` where it is read; what they are must have been checked.
     """
+    doing, left = "writing edited averages back", "The average may hold a part of the edits: load() a saved one"
     if group is None or not rank0_only:
-        for item in items:
-            if item.region.numel and full:
-                item.values.copy_(take(full[item.name], item.region))
+        with all_or_none(group, doing, left=left):
+            for item in items:
+                if item.region.numel and full:
+                    item.values.copy_(take(full[item.name], item.region))
         return
     me = rank_in(group)
-    mine = {item.name: item for item in items}
     tables = _tables(group, items)
-    for rank, table in enumerate(tables):
-        if me not in (0, rank):
-            continue
-        for bucket in _buckets((rank, row) for row in table):
-            _return_bucket(group, bucket, mine, full, rank)
-
-
-def _return_bucket(
-    group: dist.ProcessGroup, bucket: list[_Parcel], mine: dict[str, Item], full: dict[str, Tensor], rank: int
-) -> None:
-    message = torch.empty(bucket[-1].start + bucket[-1].nbytes, dtype=torch.uint8, device=comm_device(group))
-    if rank_in(group) == 0:
-        for parcel in bucket:
-            _window(message, parcel).copy_(take(full[parcel.row.name], parcel.part))
-    if rank != 0:
-        send(message, group=group, src=0, dst=rank)
-    if rank_in(group) == rank:
-        for parcel in bucket:
-            _values(mine, parcel).copy_(_window(message, parcel))
+    with all_or_none(group, doing):
+        mine = {item.name: item for item in items}
+        buckets = [
+            (rank, bucket)
+            for rank, table in enumerate(tables)
+            if me in (0, rank)
+            for bucket in _buckets((rank, row) for row in table)
+        ]
+        room = _room(group, (bucket for _, bucket in buckets))
+    with traffic(group, doing, left) as messages:
+        for rank, bucket in buckets:
+            message = room[: _nbytes(bucket)]
+            with messages.attempt():
+                if me == 0:
+                    for parcel in bucket:
+                        _window(message, parcel).copy_(take(full[parcel.row.name], parcel.part))
+            messages.send(message, src=0, dst=rank)
+            with messages.attempt():
+                if me == rank and messages.error is None:
+                    for parcel in bucket:
+                        _values(mine, parcel).copy_(_window(message, parcel))

@@ -11,40 +11,48 @@ from __future__ import annotations
 import torch
 
 from ..averages.state import State
-from ..ranks import all_or_none, gather_objects
+from ..errors import add_note
+from ..ranks import all_or_none, collective, gather_objects
 from ..rules.numbers import number
 from ..rules.schedule import WhenFn
 from ..weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
 from ..weights.layouts.replicas import differing_replicas, equal_replicas
 
 
+@collective
 @torch.no_grad()
 def raw_weights(state: State, name: str | None) -> RawWeights:
     """Collective: all ranks must call. See `ShardedAverage.raw_weights`."""
-    state.refuse_while_swapped("raw_weights()")
-    name = state.started(name)
-    with all_or_none(state.group, "copying raw weights to host memory"):
+    with all_or_none(state.group, "copying raw weights to host memory") as part:
+        part.asked = state.asks(f"raw_weights({name!r})")
+        state.refuse_while_swapped("raw_weights()")
+        name = state.started(name)
         state.arrange()
-        return set_aside(name, state.members.averaged)
+        raw = set_aside(name, state.members.averaged)
+    return raw
 
 
+@collective
 @torch.no_grad()
 def copy_to_model(
     state: State, name: str | None, undo: RawWeights | None, factor: float, schedule: WhenFn | None
 ) -> bool:
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
-    number("copy_to_model(factor", factor, above=0, most=1, for_example=0.5)
-    state.refuse_while_swapped("copy_to_model()")
-    name = state.resolve(name)
-    # Steps are counted alike on all ranks. A step that was skipped leaves the count where it was: once is enough.
-    if schedule is not None and (state.written_back.get(name) == state.step or not schedule(state.step)):
+    # Decided alike on all ranks, which have seen the same steps; equal_replicas compares that. A step that was skipped
+    # leaves the count where it was: once is enough.
+    if schedule is not None and (state.written_back.get(state.resolve(name)) == state.step or not schedule(state.step)):
         return False
-    state.started(name)
-    with equal_replicas(state.layout, "copying averages into the model"):
+    doing = "copying averages into the model"
+    with equal_replicas(state.layout, doing) as part:
+        part.asked = state.asks(f"copy_to_model({name!r}, {factor=}{', undo=...' if undo is not None else ''})")
+        number("copy_to_model(factor", factor, above=0, most=1, for_example=0.5)
+        state.refuse_while_swapped("copy_to_model()")
+        name = state.started(name)
         state.arrange()
         state.layout.release()
+    left = "This rank's raw weights are back" if undo is not None else _PARTLY
     try:
-        with all_or_none(state.group, "copying averages into the model"):
+        with all_or_none(state.group, doing, left=left):
             for shard in state.members.averaged:
                 average = state.store.view(name, shard.name)
                 if factor != 1:
@@ -52,26 +60,40 @@ def copy_to_model(
                 for live in live_tensors(shard):
                     live.copy_(average)
         publish_all(state)
-    except BaseException:
-        if undo is not None:
-            bring_back(undo, state.members.averaged)
+    except BaseException as error:
+        if undo is None:
+            add_note(error, _PARTLY)
+        else:
+            _undo(state, undo)
         raise
     state.written_back[name] = state.step
     return True
 
 
+_PARTLY = "The model may hold the average in part. Pass undo=average.raw_weights() to have raw weights back then"
+
+
+def _undo(state: State, undo: RawWeights) -> None:
+    """Collective: all ranks must call. After a failure that all ranks know of."""
+    with all_or_none(state.group, "bringing raw weights back", left="Its own are back", to_its_end=True):
+        bring_back(undo, state.members.averaged)
+    publish_all(state)
+
+
+@collective
 @torch.no_grad()
 def restore_raw(state: State, raw: RawWeights) -> bool:
     """Collective: all ranks must call. See `ShardedAverage.restore_raw`."""
-    state.refuse_while_swapped("restore_raw()")
-    with all_or_none(state.group, "comparing live weights with averages"):
+    with all_or_none(state.group, "comparing live weights with averages") as part:
+        part.asked = state.asks("restore_raw()")
+        state.refuse_while_swapped("restore_raw()")
         state.arrange()
         state.layout.release()
         known = [shard for shard in state.members.averaged if shard.name in raw.values]
         unchanged = all(holds_either(shard, state.average_of(raw.average, shard), raw) for shard in known)
     if not all(gather_objects(state.group, unchanged)) or differing_replicas(state.layout):
         return False
-    with all_or_none(state.group, "bringing raw weights back"):
+    with all_or_none(state.group, "bringing raw weights back", left="Call restore_raw() again, on all ranks"):
         bring_back(raw, known)
     publish_all(state)
     return True
@@ -83,6 +105,7 @@ def publish_all(state: State) -> None:
     state.layout.publish_masters()
 
 
+@collective
 @torch.inference_mode(False)
 @torch.no_grad()
 def republish(state: State) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -10,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ranks
 from ..averages.state import State, swapped_models
-from ..errors import PeerError, SwapError
-from ..ranks import all_or_none, patience_s, rendezvous
+from ..errors import PeerError, SwapError, add_note
+from ..ranks import agree, all_or_none, bounds, interruptible, rendezvous, uninterrupted
 from ..shard import Shard
 from ..weights import names
+from ..weights.layouts.base import STALE
 from ..weights.layouts.replicas import equal_replicas
 from .versions import Versions
 from .ways import Exchange, Pair
@@ -33,58 +32,70 @@ class _Within(NamedTuple):
 @contextmanager
 def swapped(state: State, name: str | None) -> Iterator[bool]:
     """Collective: all ranks must call. See `ShardedAverage.swapped`."""
-    state.refuse_while_swapped("swapped()")
-    name = state.resolve(name)
-    if not state.histories[name].n_averaged:
-        yield False
-        return
-    layout = state.layout
-    within = _entered(state, name)
-    error: BaseException | None = None
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            layout.publish()
-        within.versions.enter()
+    with uninterrupted():
+        name, within = _entered(state, name)
+        if within is None:
+            with interruptible():
+                yield False
+            return
+        layout, error = state.layout, None
         state.swapped, state.lent = name, within.exchange.lent
         swapped_models.add(layout.model)
         try:
-            with layout.guarded():
+            with interruptible(), layout.guarded():
                 yield True
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
             state.swapped, state.lent = None, {}
             swapped_models.discard(layout.model)
-    except BaseException as failure:
-        error = failure
-        raise
-    finally:
-        damage = ""
-        try:
-            damage = _left(state, name, within)
-        finally:
-            _republish(state, error)
-        within.versions.leave()
-        if damage:
-            _tell(damage, error)
+            _leave(state, name, within, error)
 
 
 @torch.inference_mode(False)  # scratch that is made under inference mode could not be written after it
 @torch.no_grad()
-def _entered(state: State, name: str) -> _Within:
-    """Collective: all ranks must call. Exchange locally on every rank, or on none."""
-    with equal_replicas(state.layout, "swapping the average in"):
-        state.layout.release()
-        state.arrange()
-        with names.collector_paused():
-            exchange = Exchange(_pairs(state, name))
-        versions = Versions(state.layout.model)
+def _entered(state: State, name: str | None) -> tuple[str, _Within | None]:
+    """Collective: all ranks must call. Exchange on every rank, or on none; nothing, if there is no average yet."""
+    layout, exchange, doing = state.layout, None, "swapping the average in"
+    with equal_replicas(layout, doing) as part:
+        part.asked = state.asks(f"swapped({name!r})")
+        state.refuse_while_swapped("swapped()")
+        name = state.resolve(name)
+        if state.histories[name].n_averaged:
+            layout.release()
+            state.arrange()
+            with names.collector_paused():
+                exchange = Exchange(_pairs(state, name))
+            versions = Versions(layout.model)
+    if exchange is None:
+        return name, None
+    within = _Within(exchange, versions, state.members.all, state.members.averaged)
     try:
-        with all_or_none(state.group, "swapping the average in"):
+        with all_or_none(state.group, doing):
             exchange.enter()
-    except BaseException:
-        exchange.leave()
-        versions.leave()
+        layout.has_stale_replicas = layout.publishes
+        layout.publish()
+        with all_or_none(state.group, doing):
+            versions.enter()
+        layout.has_stale_replicas = False
+    except BaseException as error:
+        _give_back(state, within, error)
         raise
-    return _Within(exchange, versions, state.members.all, state.members.averaged)
+    return name, within
+
+
+def _give_back(state: State, within: _Within, error: BaseException) -> None:
+    """Collective: all ranks must call. The raw weights again, after a failure that all ranks know of."""
+    try:
+        with all_or_none(state.group, "bringing raw weights back", left="Its own are back", to_its_end=True):
+            within.exchange.leave()
+            within.versions.leave()
+        if state.layout.has_stale_replicas:
+            state.layout.publish()
+            state.layout.has_stale_replicas = False
+    except BaseException as failure:
+        add_note(error, f"bringing the raw weights back failed, too: {failure!r}")
 
 
 def _pairs(state: State, name: str) -> list[Pair]:
@@ -163,34 +174,63 @@ def _list(found: Sequence[str]) -> str:
     return ", ".join(map(repr, found[:5])) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
 
 
-def _tell(damage: str, error: BaseException | None) -> None:
-    """Raise, unless the block itself has raised; then its error says it, too."""
-    if error is None:
-        raise SwapError(damage)
-    if hasattr(error, "add_note"):  # Python >= 3.11
-        error.add_note(f"sharded_avg: {damage}")
-    else:
-        warnings.warn(damage, stacklevel=2)
-
-
 @torch.inference_mode(False)
 @torch.no_grad()
-def _republish(state: State, error: BaseException | None) -> None:
-    """Spread the raw weights to every replica; a rank whose peers do not come gives up instead of waiting for ever."""
+def _leave(state: State, name: str, within: _Within, error: BaseException | None) -> None:
+    """Collective: all ranks must call. Raw weights on all ranks; raises, if the block did not, what became of them.
+
+    A rank with an `error` of the block waits for the others only where it needs them, and not for long.
+    """
+    failure: BaseException | None = None
+    try:
+        damage = _left(state, name, within)
+        if damage and error is None:
+            failure = SwapError(damage)
+        elif damage and error is not None:
+            add_note(error, damage)
+    except BaseException as caught:
+        failure = caught
+    try:
+        came = _republish(state, error or failure)
+    finally:
+        within.versions.leave()
+    if came:
+        _agree_on_leaving(state, error, failure)
+    elif failure is not None:
+        raise failure
+    elif error is None:
+        raise PeerError(
+            f"another rank left the swap with an error more than {bounds.LEAVING_GRACE_S:.0f} s before this one, and "
+            f"is gone; the cause is in the traceback of that rank. {STALE}"
+        )
+    else:
+        add_note(error, f"other ranks did not leave the swap within {bounds.LEAVING_GRACE_S:.0f} s. {STALE}")
+
+
+def _agree_on_leaving(state: State, error: BaseException | None, failure: BaseException | None) -> None:
+    """Collective: all ranks must call. A rank whose block, or whose leaving, failed tells the others why."""
+    try:
+        agree(
+            state.group,
+            error or failure,
+            "inside `with average.swapped():`, or leaving it",
+            left="The raw weights are back on this rank",
+        )
+    except BaseException as told:
+        if told is not error:
+            raise
+    if error is not None and failure is not None:
+        add_note(error, f"leaving the swap failed, too: {failure!r}")
+
+
+def _republish(state: State, error: BaseException | None) -> bool:
+    """Spread the raw weights to every replica; False if peers did not come, and this rank gave up waiting."""
     layout = state.layout
     if not layout.publishes:
-        return
+        return True
     layout.has_stale_replicas = True
-    if rendezvous(layout.group, grace_s=patience_s(error)):
-        layout.publish()
-        layout.has_stale_replicas = False
-        return
-    grace_s = f"{ranks.RENDEZVOUS_GRACE_S:.0f} s"
-    stale = "weights of this rank still hold averages outside its own part. Restart from a checkpoint"
-    if error is None:
-        raise PeerError(
-            f"another rank left the swap with an error more than {grace_s} before this one, and is gone: the "
-            f"replicated {stale}; the cause is in the traceback of that rank"
-        )
-    if hasattr(error, "add_note"):  # Python >= 3.11
-        error.add_note(f"sharded_avg: other ranks did not leave the swap within {grace_s}, so the replicated {stale}.")
+    if not rendezvous(layout.group, grace_s=bounds.PATIENCE_S if error is None else bounds.LEAVING_GRACE_S):
+        return False
+    layout.publish()
+    layout.has_stale_replicas = False
+    return True

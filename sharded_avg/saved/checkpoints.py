@@ -22,13 +22,12 @@ from torch import Tensor
 from ..averages.arguments import MANIFEST_KEY
 from ..averages.state import State
 from ..errors import CheckpointError, ConfigError, LayoutChangedError
-from ..ranks import all_or_none, everyone, gather_objects, size_of
+from ..ranks import Asked, all_or_none, collective, decided, everyone, gather_objects, size_of
 from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
 from .folder import Part, Path, PendingSave, save_folder, save_folder_async
 from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of, snapshot_items
-from .job import decided
 from .loading import Loading
 from .manifest import Manifest
 from .opening import Found, find
@@ -47,6 +46,7 @@ class Checkpoints:
         """What a save at this moment would say about itself. Local."""
         return describe(self._state)
 
+    @collective
     def save(self, path: Path, *, with_buffers: bool) -> None:
         """Collective: all ranks must call."""
         self._end_pending()
@@ -54,6 +54,7 @@ class Checkpoints:
         with collector_paused():
             save_folder(path, collect, everyone(self._state.group), connected=self._state.group is not None)
 
+    @collective
     def async_save(self, path: Path) -> PendingSave:
         """Collective: all ranks must call."""
         self._end_pending()
@@ -78,6 +79,7 @@ class Checkpoints:
             pieces += beside_of(self._state.members)
         return Part(replace(manifest, extra=extra), pieces)
 
+    @collective
     @torch.no_grad()
     def load(self, path: Path, *, strict: bool) -> LoadResult:
         """Collective: all ranks must call."""
@@ -99,7 +101,7 @@ class Checkpoints:
             return (find(path), alike) if len(set(paths)) == 1 else (None, True)
 
         found, alike = decided(group, ask, look, doing)
-        known = () if alike else set().union(*gather_objects(group, set(mine[0].tensors)))
+        known = set() if alike else set().union(*gather_objects(group, set(mine[0].tensors), doing))
         with all_or_none(group, doing), collector_paused():
             found = find(path) if found is None else found  # a model of this rank's own
             manifest = Manifest.from_json(found.text)
@@ -121,11 +123,13 @@ class Checkpoints:
         loading.take_over()
         return result
 
+    @collective
     @torch.no_grad()
     def take_from(self, other: State) -> None:
         """Collective: all ranks must call."""
-        self._state.refuse_while_swapped("take_from()")
-        with all_or_none(self._state.group, "taking averages over from another object"):
+        with all_or_none(self._state.group, "taking averages over from another object") as part:
+            part.asked = Asked("take_from()")
+            self._state.refuse_while_swapped("take_from()")
             _refuse_other_cuts(self._state, other)
             manifest = describe(other)
             loading = Loading(self._state, manifest, self._fit(manifest, strict=False))

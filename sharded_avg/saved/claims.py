@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files.stored import bytes_of
+from ..ranks import claim_once
 from ..shard import Box, Patch
 
 _MOST_NAMES = 5  # in an error
@@ -120,3 +121,18 @@ def apart_error(names: list[str], ranks: list[int]) -> str:
         "them as a DTensor, or leave them out with include=. If they should be equal, find out why they are not, "
         "broadcast them from one rank, and tell with process_group= which ranks hold the model together"
     )
+
+
+def claim_path(identity: str, ranks: list[int]) -> None:
+    """Refuse a path that other ranks of this job have saved to: they hold another model, or another part of it.
+
+    The store remembers who was first, for as long as the job runs. Local.
+    """
+    mine = ",".join(map(str, ranks))
+    owner = claim_once(f"saved/{identity}", mine)
+    if owner != mine:
+        raise CheckpointError(
+            f"ranks [{owner}] of this job have saved to {identity!r}, and these are ranks [{mine}], which hold another "
+            "model, or another part of it: saving there would replace theirs. Give each group of ranks a path of its "
+            "own; one checkpoint of all of them is torch.distributed.checkpoint.save({'average': average}, ...)"
+        )

@@ -21,10 +21,9 @@ import torch.distributed as dist
 from ..averages.arguments import MANIFEST_KEY
 from ..errors import CheckpointError, ConfigError
 from ..files.dcp_folder import INDEX_FILE
-from ..ranks import all_or_none, gather_objects, rank_in, size_of
-from .claims import Claim, Piece, Place, claim_of, held_twice, settle
+from ..ranks import all_or_none, collective, decided, gather_objects, interruptible, part_group, rank_in, size_of
+from .claims import Claim, Piece, Place, claim_of, claim_path, held_twice, settle
 from .distcp import Written, index_of, sync, write_pieces
-from .job import claim_path, decided, part_group
 from .manifest import Manifest
 from .place import MANIFEST_FILE, AbstractPlace, place_of
 
@@ -144,8 +143,9 @@ def begin(path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | No
         return begin(path, lambda: part, part_group(same), connected=connected)
     manifest, left = part.manifest, set()
     if answer.differ:
-        first, *others = gather_objects(group, manifest)
-        manifest = first.joined_by(others)
+        manifests = gather_objects(group, manifest, doing)
+        with all_or_none(group, doing):
+            manifest = manifests[0].joined_by(manifests[1:])
     if answer.differ or answer.shared:
 
         def compare(claims: list[list[Claim]]) -> list[set[Place]]:
@@ -165,11 +165,13 @@ def _prepare(place: AbstractPlace, group: dist.ProcessGroup | None) -> None:
     place.prepare()
 
 
+@collective
 def save_folder(path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | None, *, connected: bool) -> None:
     """Collective: all ranks must call. The folder has its name when it is whole; an earlier one stays until then."""
     saving, error = begin(path, collect, group, connected=connected), None
     try:
-        saving.write()
+        with interruptible():
+            saving.write()
     except BaseException as failure:
         error = failure
     saving.finish(error)
@@ -192,19 +194,22 @@ class PendingSave:
         """Whether this rank's bytes are written; the folder has its name only after `result()`. Local."""
         return not self._thread.is_alive()
 
+    @collective
     def result(self) -> None:
         """Collective: all ranks must call. Wait for all bytes, and give the folder its name."""
         if self._ended:
             return
         error: BaseException | None = None
         try:
-            self.wait()
+            with interruptible():
+                self.wait()
         except BaseException as failure:  # Ctrl-C on this rank: the others wait for its word
             error = failure
         self._ended = True
         self._saving.finish(error)
 
 
+@collective
 def save_folder_async(
     path: Path, collect: Callable[[], Part], group: dist.ProcessGroup | None, *, connected: bool
 ) -> PendingSave:
@@ -212,4 +217,5 @@ def save_folder_async(
     saving = begin(path, collect, group, connected=connected)
     with all_or_none(group, "copying averages to host memory"):
         saving.detach()
-    return PendingSave(saving)
+        pending = PendingSave(saving)
+    return pending

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from ..averages.arguments import MANIFEST_KEY
 from ..errors import CheckpointError
 from ..files.dcp_folder import DcpFolder
-from ..ranks import everyone
-from .job import decided
+from ..ranks import collective, decided, everyone
 from .manifest import Manifest
 from .place import MANIFEST_FILE, place_of
 
@@ -54,6 +53,7 @@ def find(path: Path) -> Found:
     raise CheckpointError(f"{place.path!r} holds no saved average: {found}")
 
 
+@collective
 def read_manifest(path: Path, group: dist.ProcessGroup | None = None) -> tuple[str, Manifest]:
     """Collective: all ranks must call. The newest whole folder of that name, and its manifest, as rank 0 sees them."""
     group, doing = everyone(group), f"looking for a saved average in {path!r}"

@@ -13,6 +13,7 @@ Every decision here follows from names, full shapes and `requires_grad`, so all 
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -59,6 +60,8 @@ class Members:
         self.moved: dict[str, str] = {}  # averaged name -> its name now; cleared by who holds values by name
         self.keyless: frozenset[str] = frozenset()  # names that `state_dict()` has no key for
         self._extra_keys: tuple[str, ...] | None = None
+        self._digests: tuple[int, int] = (0, 0)
+        self._digested: list[Shard] | None = None  # of which `averaged`
         self._first: dict[str, str] = {}  # a Shard's own name -> what `state_dict()` calls it; see `_find_keys`
         self.layout.release()
         shards = self.layout.shards()
@@ -121,6 +124,14 @@ class Members:
                 stacklevel=6,
             )
         return dict(keys.first), keys.aliases
+
+    @property
+    def digests(self) -> tuple[int, int]:
+        """Of names and full shapes: of all that there is, and of what is averaged. Equal on ranks that agree."""
+        if self._digested is not self.averaged:
+            self._digests = _digest(self.all), _digest(self.averaged)
+            self._digested = self.averaged
+        return self._digests
 
     def key_of(self, own: str) -> str:
         """The name of the Shard of what the model itself calls `own`; `own` where there is none."""
@@ -281,6 +292,10 @@ class Members:
                 shown[name] = live
         found |= {place(tensor): tensor for tensor in by_name.values()}
         return {key: found.get(place(value), value) for key, value in state_dict_with(model, shown).items()}
+
+
+def _digest(shards: list[Shard]) -> int:
+    return zlib.crc32("\0".join(f"{shard.name} {tuple(shard.shape)}" for shard in shards).encode())
 
 
 def _refuse_shared_memory(shards: list[Shard]) -> None:

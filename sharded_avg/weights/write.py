@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ranks import all_or_none
+from ..ranks import all_or_none, collective
 from ..shard import take
 from .aside import live_tensors
 from .layouts.base import AbstractLayout
@@ -16,19 +16,22 @@ from .layouts.replicas import equal_replicas
 from .state_dicts import find_keys, is_rewritten
 
 
+@collective
 @torch.no_grad()
 def write_live(model: nn.Module, full: Mapping[str, Tensor]) -> list[str]:
     """Collective: all ranks must call. Each rank copies its own pieces; returns the names that `full` lacks.
 
     Names are those of the unwrapped model's `state_dict()`; masters are written too. What `full` lacks stays.
     """
-    layout = detect(model)
-    full = _under_own_names(layout, full)
-    with equal_replicas(layout, "writing full tensors into the live model", but=full):
+    layout, doing = detect(model), "writing full tensors into the live model"
+    with all_or_none(layout.group, doing):
+        full = _under_own_names(layout, full)
         layout.release()
         shards = layout.shards()
+    with equal_replicas(layout, doing, but=full):
+        pass
     missing = []
-    with all_or_none(layout.group, "writing full tensors into the live model"):
+    with all_or_none(layout.group, doing, left="The model may hold a part of them"):
         for shard in shards:
             if shard.name not in full:
                 missing.append(shard.name)

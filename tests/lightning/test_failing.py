@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import WeightAveraging as TheirWeightAveraging
 from torch import Tensor
 
-from sharded_avg import EMA, load_averaged_state_dict, ranks
+from sharded_avg import EMA, load_averaged_state_dict
 from sharded_avg.errors import ConfigError, EngineVersionError, PeerError
 from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging, saving, trainers
+from sharded_avg.ranks import bounds
 from sharded_avg.shard import take
 
 from .modules import NUM_BATCHES, Tiny
@@ -185,7 +186,7 @@ def fail_alone(tmp_path: Path, name: str, saving_grace_s: float | None) -> dict[
         callbacks.append(ModelCheckpoint(tmp_path, "exception", save_on_exception=True, save_top_k=0))
     fitted, raised = trainer(tmp_path, name, [ours, *callbacks]), None
     with (
-        mock.patch.object(ranks, "RENDEZVOUS_GRACE_S", GRACE_S),
+        mock.patch.object(bounds, "LEAVING_GRACE_S", GRACE_S),
         mock.patch.object(saving, "RENDEZVOUS_GRACE_S", saving_grace_s),
     ):
         start = time.monotonic()

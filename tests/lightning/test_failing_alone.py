@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharded_avg import CustomRule, PeerError, ShardedAverage, ranks
+from sharded_avg import CustomRule, PeerError, ShardedAverage
 from sharded_avg.lightning import WeightAveraging
+from sharded_avg.ranks import bounds
 
 from .modules import NUM_BATCHES
 from .runs import module, run, trainer
@@ -52,7 +53,7 @@ class FailsLater:
 def failed(fitted: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
     """What a fit raised, and when."""
     raised, start = None, time.monotonic()
-    with mock.patch.object(ranks, "RENDEZVOUS_GRACE_S", GRACE_S):
+    with mock.patch.object(bounds, "LEAVING_GRACE_S", GRACE_S):
         try:
             fitted.fit(*arguments, **options)
         except Exception as error:

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage, ranks
+from sharded_avg import SWA, CheckpointError, PeerError, ShardedAverage
 from sharded_avg.averages.store import Store
+from sharded_avg.ranks import bounds
 from tests.helpers.pool import on_ranks
 
 
@@ -29,7 +30,7 @@ def test_ranks_in_time_and_late_when_one_gave_up():
     """One rank fails in the block and gives up, one leaves in time, one too late: all raise, none waits for a peer."""
     _, average = ddp(nn.Linear(3, 5))
     rank, began = dist.get_rank(), time.monotonic()
-    ranks.RENDEZVOUS_GRACE_S, before = 1.0, ranks.RENDEZVOUS_GRACE_S
+    bounds.LEAVING_GRACE_S, before = 1.0, bounds.LEAVING_GRACE_S
     try:
         with pytest.raises(RuntimeError if rank == 0 else PeerError), average.swapped():  # noqa: PT012
             if rank == 0:
@@ -37,7 +38,7 @@ def test_ranks_in_time_and_late_when_one_gave_up():
             if rank == 2:
                 time.sleep(2.0)
     finally:
-        ranks.RENDEZVOUS_GRACE_S = before
+        bounds.LEAVING_GRACE_S = before
     assert time.monotonic() - began < 10.0
     dist.barrier()
 

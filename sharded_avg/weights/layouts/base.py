@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from ...shard import Shard
 from .. import names
 
+STALE = (
+    "Replicated weights of this rank may hold values that only some ranks have: call republish() on all ranks, or "
+    "restart from a checkpoint"
+)
+
 
 class AbstractLayout(ABC):
     """One engine's cut of one model. Methods are local unless their first line says "Collective".

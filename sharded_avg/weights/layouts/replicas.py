@@ -16,14 +16,16 @@ import zlib
 from array import array
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors as _joined  # private, and older than DistributedDataParallel
 
-from ...errors import PeerError, ReplicaError
-from ...ranks import agree, comm_device
+from ...errors import ReplicaError
+from ...ranks import Asked, all_or_none, decided
+from ...ranks.together import Part
 from ...tensors import chunk_numel
 from .base import AbstractLayout
 
@@ -36,21 +38,16 @@ _factors: dict[torch.device, Tensor] = {}  # odd, so that no bit of an element i
 
 
 @contextmanager
-def equal_replicas(layout: AbstractLayout, doing: str, but: Container[str] = ()) -> Iterator[None]:
-    """Collective: all ranks must call. The body prepares, locally; then all ranks go on, or none.
+def equal_replicas(
+    layout: AbstractLayout, doing: str, but: Container[str] = (), asked: Asked | None = None
+) -> Iterator[Part]:
+    """Collective: all ranks must call. As `all_or_none`; where `layout` publishes, replicas are compared, too.
 
-    Raises what the body raised, `PeerError` on the other ranks, and `ReplicaError` on all ranks if replicas differ,
-    other than those in `but`.
+    Raises `ReplicaError` on all ranks if replicas differ, other than those in `but`.
     """
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as failure:
-        error = failure
-    if not layout.publishes:
-        agree(layout.group, error, doing)
-        return
-    names = differing_replicas(layout, error, doing, but)
+    with all_or_none(layout.group, doing, asked) as part:
+        yield part
+    names = differing_replicas(layout, doing, but)
     if names:
         shown = ", ".join(map(repr, names[:_MOST_NAMES])) + (", ..." if len(names) > _MOST_NAMES else "")
         raise ReplicaError(
@@ -65,57 +62,55 @@ def equal_replicas(layout: AbstractLayout, doing: str, but: Container[str] = ())
 
 @torch.no_grad()
 def differing_replicas(
-    layout: AbstractLayout,
-    error: BaseException | None = None,
-    doing: str = "comparing replicas",
-    but: Container[str] = (),
+    layout: AbstractLayout, doing: str = "comparing replicas", but: Container[str] = ()
 ) -> list[str]:
     """Collective: all ranks must call. Names of the replicas that are not equal, bit for bit, on all ranks.
 
     Those in `but` are not looked at. After a swap that ended without some ranks, replicas are known to differ, and what
-    their owners have is right: then none is named. An `error` of this rank is raised, and `PeerError` elsewhere.
+    their owners have is right: then none is named.
     """
     if not layout.publishes:
-        agree(layout.group, error, doing)
         return []
-    replicas: Named = []
-    cut = values = 0
-    try:
-        if error is None:
-            replicas = [(name, tensor) for name, tensor in layout.replicas() if name not in but]
-            cut, values = _cut_of(replicas), digest([tensor for _, tensor in replicas])
-    except BaseException as failure:
-        error = failure
-    failed, stale, *apart = _spread(layout, [error is not None, layout.has_stale_replicas, cut, values])
-    if error is not None:
-        raise error
-    if failed[0]:
-        raise PeerError(f"another rank failed while {doing}; the cause is in the traceback of that rank")
-    if stale[0] or not any(low != high for high, low in apart):
+    replicas: list[tuple[str, Tensor]] = []
+
+    own_set, _ = layout.replica_set
+
+    def look() -> _Look:
+        replicas.extend((name, tensor) for name, tensor in layout.replicas() if name not in but)
+        values = digest([tensor for _, tensor in replicas])
+        return _Look(layout.has_stale_replicas, own_set, _cut_of(replicas), values)
+
+    def are_equal(looks: list[_Look]) -> bool:
+        if any(look.is_stale for look in looks):
+            return True
+        if len({(look.own_set, look.cut) for look in looks}) > len({look.own_set for look in looks}):
+            raise ReplicaError(
+                f"{doing}: ranks that hold the model together average other parameters, or parameters of other sizes "
+                f"or memory formats: on one of them it is {len(replicas)} tensors with "
+                f"{sum(tensor.numel() for _, tensor in replicas)} elements. Nothing was changed. Give all ranks the "
+                "same model, the same `include` and the same parameters to train"
+            )
+        return len({(look.own_set, look.values) for look in looks}) == len({look.own_set for look in looks})
+
+    if decided(layout.group, look, are_equal, doing):
         return []
-    if apart[0][0] != apart[0][1]:
-        raise ReplicaError(
-            f"{doing}: ranks that hold the model together average other parameters, or parameters of other sizes or "
-            "memory formats: here it is "
-            f"{len(replicas)} tensors with {sum(tensor.numel() for _, tensor in replicas)} elements. Nothing was "
-            "changed. Give all ranks the same model, the same `include` and the same parameters to train"
-        )
-    each = _spread(layout, [digest([tensor]) for _, tensor in replicas])
-    return list(dict.fromkeys(n for (n, _), (high, low) in zip(replicas, each, strict=True) if high != low))
+
+    def name_them(each: list[tuple[int, list[int]]]) -> list[str]:
+        sets = {own_set for own_set, _ in each}
+        columns = zip(*([(own_set, value) for value in values] for own_set, values in each), strict=True)
+        pairs = zip(replicas, columns, strict=True)
+        return list(dict.fromkeys(name for (name, _), column in pairs if len(set(column)) > len(sets)))
+
+    return decided(layout.group, lambda: (own_set, [digest([t]) for _, t in replicas]), name_them, doing)
 
 
-def _spread(layout: AbstractLayout, values: Sequence[int]) -> list[tuple[int, int]]:
-    """Collective: all ranks must call. The largest and the smallest of each value over the ranks; one small message.
+class _Look(NamedTuple):
+    """What a rank says of its replicas, which are compared inside each set of ranks that publishes."""
 
-    Where several sets of ranks publish, each among itself, those of the set in which the value differs most.
-    """
-    mine, num_sets = layout.replica_set
-    both = torch.full((num_sets, 2, len(values)), torch.iinfo(torch.int64).min, dtype=torch.int64)
-    both[mine] = torch.tensor([values, [-value for value in values]], dtype=torch.int64)
-    both = both.to(comm_device(layout.group))
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=layout.group)
-    of_sets = [[(high, -low) for high, low in zip(*each, strict=True)] for each in both.tolist()]
-    return [max(pairs, key=lambda pair: (pair[0] - pair[1], pair)) for pairs in zip(*of_sets, strict=True)]
+    is_stale: bool
+    own_set: int
+    cut: int
+    values: int
 
 
 def _cut_of(replicas: Named) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import UnsupportedModelError
-from ...ranks import comm_device, rank_in, size_of
+from ...ranks import Traffic, all_or_none, comm_device, rank_in, size_of, traffic
 from ...shard import Box, Interval, Region, Shard
 from .. import names
-from .base import AbstractLayout, addresses, trainable
+from .base import STALE, AbstractLayout, addresses, trainable
 
 _BUCKET_BYTES = 64 << 20
 
@@ -138,12 +137,47 @@ class ReplicatedLayout(AbstractLayout):
         )
 
     def publish(self) -> None:
+        """Collective: all ranks must call. Every rank's cuts, written into the parameters of all."""
         if not self.publishes:
             return
-        live: dict[str, Tensor] = {e.name: e.tensor.detach() for e in self._entries}
-        for line in self._lines:
-            for round_ in _rounds(line, live):
-                _all_gather(self.group, round_, live)
+        doing = "spreading weights over the replicas"
+        with all_or_none(self.group, doing):
+            live: dict[str, Tensor] = {e.name: e.tensor.detach() for e in self._entries}
+            rounds = [round_ for line in self._lines for round_ in _rounds(line, live)]
+            room = _Room(self.group, rounds, live)
+        with traffic(self.group, doing, STALE) as messages:
+            for round_ in rounds:
+                _all_gather(messages, round_, live, room)
+
+
+class _Room:
+    """Memory for the messages of all rounds, by dtype."""
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, rounds: list[list[list[Cut]]], live: Mapping[str, Tensor]
+    ) -> None:
+        sizes: dict[torch.dtype, int] = {}
+        for round_ in rounds:
+            dtype = _dtype(round_, live)
+            sizes[dtype] = max(sizes.get(dtype, 0), _size(round_))
+        device = comm_device(group, next(iter(live.values())).device) if live else torch.device("cpu")
+        self._sent = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        n = size_of(group)
+        self._received = {dtype: torch.empty(n * size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+
+    def of(self, round_: list[list[Cut]], live: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What this rank sends, and what it receives."""
+        dtype, size = _dtype(round_, live), _size(round_)
+        return self._sent[dtype][:size], self._received[dtype][: size * len(round_)]
+
+
+def _dtype(round_: list[list[Cut]], live: Mapping[str, Tensor]) -> torch.dtype:
+    return next(live[cut.name].dtype for cuts in round_ for cut in cuts)
+
+
+def _size(round_: list[list[Cut]]) -> int:
+    """Elements that a rank sends: all send as many."""
+    return max(sum(cut.region.numel for cut in cuts) for cuts in round_)
 
 
 def _shard(entry: names.Entry, regions: dict[str, Region]) -> Shard:
@@ -190,22 +224,22 @@ def _in_groups(cuts: list[Cut], limit: int) -> Iterator[list[Cut]]:
         yield group
 
 
-def _all_gather(group: dist.ProcessGroup | None, round_: list[list[Cut]], live: dict[str, Any]) -> None:
-    """Collective: all ranks must call. Every rank's cuts, written into the parameters of all."""
-    size = max(sum(cut.region.numel for cut in cuts) for cuts in round_)
-    dtype = next(live[cut.name].dtype for cuts in round_ for cut in cuts)
-    mine = torch.zeros(size, dtype=dtype, device=comm_device(group, next(iter(live.values())).device))
-    for cut, window in _windows(round_[rank_in(group)], mine, live):
-        window.copy_(piece(live[cut.name], cut.region))
-    gathered = torch.empty(size * len(round_), dtype=dtype, device=mine.device)
-    dist.all_gather_into_tensor(gathered, mine, group=group)
-    for rank, cuts in enumerate(round_):
-        if rank != rank_in(group):
-            for cut, window in _windows(cuts, gathered[rank * size : (rank + 1) * size], live):
-                piece(live[cut.name], cut.region).copy_(window)
+def _all_gather(messages: Traffic, round_: list[list[Cut]], live: Mapping[str, Tensor], room: _Room) -> None:
+    """Collective: all ranks must call. One round."""
+    me = rank_in(messages.group)
+    mine, gathered = room.of(round_, live)
+    with messages.attempt():
+        for cut, window in _windows(round_[me], mine, live):
+            window.copy_(piece(live[cut.name], cut.region))
+    messages.all_gather(gathered, mine)
+    with messages.attempt():
+        for rank, cuts in enumerate(round_):
+            if rank != me:
+                for cut, window in _windows(cuts, gathered[rank * len(mine) : (rank + 1) * len(mine)], live):
+                    piece(live[cut.name], cut.region).copy_(window)
 
 
-def _windows(cuts: list[Cut], message: Tensor, live: dict[str, Any]) -> Iterator[tuple[Cut, Tensor]]:
+def _windows(cuts: list[Cut], message: Tensor, live: Mapping[str, Tensor]) -> Iterator[tuple[Cut, Tensor]]:
     start = 0
     for cut in cuts:
         shape = live[cut.name].shape if isinstance(cut.region, Box) else (cut.region.numel,)

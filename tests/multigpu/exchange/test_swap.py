@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sharded_avg import EMA, PeerError, ShardedAverage, SwapError, ranks
+from sharded_avg import EMA, PeerError, ShardedAverage, SwapError
 from sharded_avg.exchange import ways
+from sharded_avg.ranks import bounds
 from tests.helpers.engines import ENGINES, ONE_PROCESS, Engine, Row, every_engine, run_row
 from tests.helpers.models import VARIANTS, batch
 from tests.helpers.pool import on_ranks
@@ -153,7 +154,7 @@ def check_failed_enter(row: Row) -> None:
 
 
 def check_failed_leave(row: Row) -> None:
-    """A copy back fails once, on one rank: it is made good, and that rank hears of it."""
+    """A copy back fails once, on one rank: it is made good, that rank hears of it, and so do the others."""
     engine, average = trained_with(row)
     culprit, raw, before = 0, forward(engine), snapshot(engine, average)
     for error, when in ((InjectedError, "before"), (InjectedError, "half"), (KeyboardInterrupt, "after")):
@@ -166,10 +167,11 @@ def check_failed_leave(row: Row) -> None:
                 try:
                     with average.swapped():
                         pass
-                except error:
+                except (error, PeerError) as told:
                     failed = True
+                    assert isinstance(told, error if dist.get_rank() == culprit else PeerError)
             assert same(snapshot(engine, average), before), f"{when}, copy {k}"
-            failed = said_by(culprit, failed)
+            assert failed == said_by(culprit, failed)
         assert k > 1, "nothing failed"
     assert torch.equal(forward(engine), raw)
 
@@ -258,21 +260,21 @@ def check_lonely_failure(row: Row) -> None:
     lonely = dist.get_rank() == 1
     started = time.monotonic()
     expected = InjectedError if lonely else PeerError
-    with mock.patch.object(ranks, "RENDEZVOUS_GRACE_S", 1.0), pytest.raises(expected) as caught:
+    with mock.patch.object(bounds, "LEAVING_GRACE_S", 1.0), pytest.raises(expected) as caught:
         fail_or_stay(average, stay_s=2.5)
     assert time.monotonic() - started < 10
-    notes = getattr(caught.value, "__notes__", ["Restart from a checkpoint"])
-    assert not lonely or "Restart from a checkpoint" in notes[0]
+    notes = getattr(caught.value, "__notes__", ["restart from a checkpoint"])
+    assert not lonely or "restart from a checkpoint" in notes[0]
     dist.barrier()  # no rank is left in a collective
     del engine
 
 
 def check_failure_within_grace(row: Row) -> None:
-    """Rank 1 fails in its body; the others come in time, and everything is as it was."""
+    """Rank 1 fails in its body; the others come in time and are told, and everything is as it was."""
     engine, average = trained_with(row)
     raw, before = forward(engine), snapshot(engine, average)  # DDP broadcasts buffers at each forward
     lonely = dist.get_rank() == 1
-    with pytest.raises(InjectedError) if lonely else nullcontext():
+    with pytest.raises(InjectedError if lonely else PeerError, match="on this rank only"):
         fail_or_stay(average, stay_s=0.3)
     assert same(snapshot(engine, average), before)
     assert torch.equal(forward(engine), raw)

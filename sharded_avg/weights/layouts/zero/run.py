@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ....ranks import all_or_none, rank_in, size_of, traffic
 from ....shard import Interval
+from ..base import STALE
 from .piece import EMPTY, Piece
 
 SCRATCH_BYTES = 64 << 20
@@ -55,19 +57,24 @@ class Run:
             yield Piece(param, param.shape, region, master, None if self.masters is self.live else live)
 
     def spread(self, group: dist.ProcessGroup) -> None:
-        """Collective. Copy every rank's stretch of `live` to all ranks, at most `SCRATCH_BYTES` at a time."""
-        rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-        first = self.live[0].tensor
-        size = max(1, min(self.stretch, SCRATCH_BYTES // (first.element_size() * (world_size + 1))))
-        sent, received = first.new_empty(size), first.new_empty(world_size * size)
-        for offset in range(0, self.stretch, size):
-            length = min(size, self.stretch - offset)
-            for place, values in self._cover(rank, offset, length):
-                sent[place : place + values.numel()].copy_(values)
-            dist.all_gather_into_tensor(received, sent, group=group)
-            for source in range(world_size):
-                for place, values in self._cover(source, offset, length) if source != rank else ():
-                    values.copy_(received[source * size + place :][: values.numel()])
+        """Collective: all ranks must call. Copy every rank's stretch of `live` to all, `SCRATCH_BYTES` at a time."""
+        rank, world_size = rank_in(group), size_of(group)
+        doing = "spreading weights over the ranks of ZeRO"
+        with all_or_none(group, doing):
+            first = self.live[0].tensor
+            size = max(1, min(self.stretch, SCRATCH_BYTES // (first.element_size() * (world_size + 1))))
+            sent, received = first.new_empty(size), first.new_empty(world_size * size)
+        with traffic(group, doing, STALE) as messages:
+            for offset in range(0, self.stretch, size):
+                length = min(size, self.stretch - offset)
+                with messages.attempt():
+                    for place, values in self._cover(rank, offset, length):
+                        sent[place : place + values.numel()].copy_(values)
+                messages.all_gather(received, sent)
+                with messages.attempt():
+                    for source in range(world_size):
+                        for place, values in self._cover(source, offset, length) if source != rank else ():
+                            values.copy_(received[source * size + place :][: values.numel()])
 
     def _cover(self, rank: int, offset: int, length: int) -> Iterator[tuple[int, Tensor]]:
         """The live views inside `[offset, offset + length)` of a rank's stretch, each with its place in there."""

@@ -1,0 +1,89 @@
+"""Who is in it: ranks of a group, devices that values travel on, and the end of a job."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from ..errors import LayoutChangedError
+
+
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in `group`; without a group, its rank in the job (0 if there is no process group at all)."""
+    if group is not None:
+        _require_alive()
+        return dist.get_rank(group)
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def everyone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """`group`, or all ranks of the job where it is not given and there is a job."""
+    return dist.group.WORLD if group is None and dist.is_initialized() else group
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks in `group`; 1 without one."""
+    if group is None:
+        return 1
+    _require_alive()
+    return dist.get_world_size(group)
+
+
+def _require_alive() -> None:
+    if not dist.is_initialized():
+        raise LayoutChangedError(
+            "the process group that shards this model is gone (destroy_process_group() was called): save or export "
+            "averages before that"
+        )
+
+
+def comm_device(group: dist.ProcessGroup | None, prefer: torch.device | None = None) -> torch.device:
+    """Where tensors must lie to travel over `group`: on `prefer` or the CPU if a backend is there, else on the GPU."""
+    if group is None:
+        return torch.device("cpu")
+    backends = dist.get_backend_config(group)
+    if prefer is not None and f"{prefer.type}:" in backends:
+        return prefer
+    if "cpu:" in backends or dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    return accelerator() or torch.device("cpu")
+
+
+def accelerator() -> torch.device | None:
+    """The device of the accelerator that this process uses; `None` where torch was built for one and none is there."""
+    if not torch.accelerator.is_available() or (current := torch.accelerator.current_accelerator()) is None:
+        return None
+    return torch.device(current.type, torch.accelerator.current_device_index())
+
+
+def part_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Collective: all of these ranks must call. A group of them, made once."""
+    key = tuple(ranks)
+    if key not in _groups or _groups[key][0] is not dist.group.WORLD:
+        made: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+        _groups[key] = (dist.group.WORLD, made)
+    return _groups[key][1]
+
+
+_groups: dict[tuple[int, ...], tuple[Any, dist.ProcessGroup]] = {}
+
+
+def leave(code: int = 0) -> NoReturn:
+    """Collective: all ranks must call. The last line of a program that runs on several ranks: end with exit `code`.
+
+    A Python that simply comes to its end takes gloo's threads down one by one, while peers may still talk to them: once
+    in many runs that aborts it ("terminate called without an active exception"), after its work was done, and whoever
+    started it sees a job that failed. So wait for all, write out what was printed, and be gone. What `atexit` would
+    run does not run. In a process that is in no job it only ends the process.
+    """
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a rank that never comes has failed already, and says so itself
+            dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

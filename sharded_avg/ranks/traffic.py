@@ -1,0 +1,101 @@
+"""Values on their way from rank to rank, out of memory that was prepared.
+
+Every rank takes part in every message, whatever has happened to it: the others wait for it. What goes wrong between two
+messages is noted, and raised at the end, on all ranks; what was sent meanwhile is worth nothing then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import PeerError
+from . import bounds
+from .groups import rank_in
+from .interrupts import uninterrupted
+from .meeting import UNDONE, agree
+
+
+class Traffic:
+    """The messages of one exchange. Each method is collective: ranks call the same ones, in one order."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.error: BaseException | None = None
+        self._is_cut = False  # the backend failed: nothing more can be sent
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """For what is local, between two messages: what it raises is noted."""
+        try:
+            yield
+        except BaseException as failure:
+            self.error = self.error or failure
+
+    def send(self, buffer: Tensor, *, src: int, dst: int | None) -> None:
+        """Move `buffer` from group rank `src` to `dst`, or to all if that is `None`; only these two must call."""
+        group = self.group
+        me, source = rank_in(group), dist.get_global_rank(_given(group), src)
+        if dst is None:
+            self._take_part(buffer, lambda: dist.broadcast(buffer, src=source, group=group, async_op=True))
+        elif me == src != dst:
+            target = dist.get_global_rank(_given(group), dst)
+            self._take_part(buffer, lambda: dist.isend(buffer, dst=target, group=group))
+        elif me == dst != src:
+            self._take_part(buffer, lambda: dist.irecv(buffer, src=source, group=group))
+
+    def all_gather(self, received: Tensor, sent: Tensor) -> None:
+        """Every rank's `sent`, one after the other in rank order."""
+        self._take_part(sent, lambda: dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True))
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """The sum over the ranks."""
+        self._take_part(buffer, lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
+
+    def _take_part(self, buffer: Tensor, start: Callable[[], Any]) -> None:
+        """Start, once more if that fails here and not in the backend, and wait."""
+        for is_last in (False, True):
+            if self._is_cut:
+                return
+            try:
+                work = start()
+                break
+            except BaseException as failure:
+                self.error = self.error or failure
+                self._is_cut = is_last or _is_the_backends(failure)
+        else:
+            return
+        try:
+            if buffer.device.type == "cpu":
+                work.wait(timedelta(seconds=bounds.TRAFFIC_S))
+            else:
+                work.wait()  # only orders streams; the group's own timeout bounds it
+        except BaseException as failure:
+            self._is_cut = True
+            cause = PeerError(f"a message between ranks was lost: {failure}")
+            cause.__cause__ = failure
+            self.error = self.error or (cause if isinstance(failure, RuntimeError) else failure)
+
+
+def _is_the_backends(failure: BaseException) -> bool:
+    return isinstance(failure, RuntimeError) and not isinstance(failure, torch.OutOfMemoryError)
+
+
+def _given(group: dist.ProcessGroup | None) -> Any:
+    return dist.group.WORLD if group is None else group
+
+
+@contextmanager
+def traffic(group: dist.ProcessGroup | None, doing: str, left: str = UNDONE) -> Iterator[Traffic]:
+    """Collective: all ranks must call. The body sends what `all_or_none` has prepared; then all go on, or none."""
+    with uninterrupted():
+        messages = Traffic(group)
+        with messages.attempt():
+            yield messages
+        agree(group, messages.error, doing, left=left)
