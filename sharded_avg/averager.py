@@ -339,7 +339,7 @@ class ShardedAverage:
         For a model that was wrapped anew. Raises `LayoutChangedError`, and changes nothing, if on some rank the cut
         is another one; then save and load instead.
         """
-        self._checkpoints.take_from(other._state)
+        self._checkpoints.take_from(lambda: other._state)
 
     def state_dict(self) -> dict[str, Any]:
         """A `Stateful`'s part of `torch.distributed.checkpoint.save({"average": average, ...})`. Local.

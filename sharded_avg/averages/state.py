@@ -167,7 +167,7 @@ class State:
         """The name of an average; it may be left out where there is one only."""
         if name is None and len(self.rules) == 1:
             return next(iter(self.rules))
-        if name not in self.rules:
+        if not isinstance(name, str) or name not in self.rules:
             raise ConfigError(f"name={name!r}: this object keeps the averages {list(self.rules)}; name one of them")
         return name
 

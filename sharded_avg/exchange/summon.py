@@ -55,7 +55,10 @@ def summoned(
             raise
         finally:
             if writeback:
-                error = error or (_misfit(tensors, averaged) if keeps else None)
+                try:
+                    error = error or (_misfit(tensors, averaged) if keeps else None)
+                except BaseException as failure:  # whatever a tensor's class raises when it is asked what it is
+                    error = failure
                 agree(group, error, "editing the full averages", left="None were written back")
                 with torch.no_grad():
                     scatter(group, averaged, tensors, rank0_only=rank0_only)

@@ -12,6 +12,7 @@ So a rank that fails waits for nobody, one that comes late reads what has happen
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import time
 import zlib
@@ -75,8 +76,14 @@ def meet(
             return point.claim(Verdict(failed=(me, repr(error))))
         point.say((doing, said))
         return point.wait(decide, bounds.PATIENCE_S if patience_s is None else patience_s)
+    except dist.DistError as failure:  # the process that kept the store has ended
+        raise PeerError(
+            f"the job's store cannot be reached while {doing}: {failure}. Most likely rank 0 has failed and is gone; "
+            "the cause is in its output"
+        ) from failure
     finally:
-        point.leave()
+        with contextlib.suppress(dist.DistError):
+            point.leave()
 
 
 def claim_once(key: str, owner: str) -> str:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class Traffic:
         self._take_part(buffer, lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
 
     def _take_part(self, buffer: Tensor, start: Callable[[], Any]) -> None:
-        """Start, once more if that fails here and not in the backend, and wait."""
+        """Start, and once more if that fails: it does at once where the backend is broken. Then wait."""
         for is_last in (False, True):
             if self._is_cut:
                 return
@@ -68,7 +67,7 @@ class Traffic:
                 break
             except BaseException as failure:
                 self.error = self.error or failure
-                self._is_cut = is_last or _is_the_backends(failure)
+                self._is_cut = is_last
         else:
             return
         try:
@@ -81,10 +80,6 @@ class Traffic:
             cause = PeerError(f"a message between ranks was lost: {failure}")
             cause.__cause__ = failure
             self.error = self.error or (cause if isinstance(failure, RuntimeError) else failure)
-
-
-def _is_the_backends(failure: BaseException) -> bool:
-    return isinstance(failure, RuntimeError) and not isinstance(failure, torch.OutOfMemoryError)
 
 
 def _given(group: dist.ProcessGroup | None) -> Any:

@@ -10,7 +10,7 @@ Whatever comes in is a Loading until every value of it is there; then the State 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -125,11 +125,12 @@ class Checkpoints:
 
     @collective
     @torch.no_grad()
-    def take_from(self, other: State) -> None:
+    def take_from(self, get_other: Callable[[], State]) -> None:
         """Collective: all ranks must call."""
         with all_or_none(self._state.group, "taking averages over from another object") as part:
             part.asked = Asked("take_from()")
             self._state.refuse_while_swapped("take_from()")
+            other = get_other()
             _refuse_other_cuts(self._state, other)
             manifest = describe(other)
             loading = Loading(self._state, manifest, self._fit(manifest, strict=False))

@@ -201,6 +201,63 @@ def test_no_room_reaches_into_anothers_underscore_names(module: str) -> None:
     assert not imported + reached
 
 
+# What communicates in torch.distributed: called in ranks/ alone, where it is bounded and no rank leaves in the middle.
+COMMUNICATES = re.compile(r"all_|broadcast|reduce|gather|scatter|send|i?recv|isend|barrier|batch_isend|monitored")
+MAKES_GROUPS = {"weights.layouts.dtensor"}  # a mesh's own ranks, at construction
+
+
+def test_only_ranks_communicates() -> None:
+    strangers = [
+        f"{module}:{node.lineno} {ast.unparse(node)}"
+        for module in modules()
+        if noun_of(module) not in ("ranks", "benchmark")
+        for node in ast.walk(modules()[module])
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("dist", "torch.distributed")
+        if COMMUNICATES.match(node.attr) or (node.attr == "new_group" and module not in MAKES_GROUPS)
+    ]
+    assert not strangers, "\n".join(strangers)
+
+
+# What makes a function's failure everybody's; the last two are made of the others.
+TOGETHER = {"agree", "all_or_none", "decided", "gather_objects", "meeting", "rendezvous", "traffic"}
+
+
+def test_collective_functions_go_through_the_mechanism() -> None:
+    """A function that says "Collective" is made of what ranks/ has for that, or calls one that is."""
+    collective = {
+        f"{module}.{node.name}": node
+        for module in modules()
+        if noun_of(module) not in ("ranks", "benchmark", *INTEGRATIONS)  # which call public methods
+        for node in ast.walk(modules()[module])
+        if isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "").startswith("Collective")
+    }
+    names = {node.name for node in collective.values()}
+    without = [
+        name
+        for name, node in collective.items()
+        if not used_in(node) & (TOGETHER | (names - {node.name}))
+        and not is_abstract(node)
+        and "Traffic" not in ast.unparse(node.args)  # a part of what its caller sends
+    ]
+    assert len(collective) > 40
+    assert not without, f"{without} are collective, and fail on one rank alone: see docs/design.md"
+
+
+def used_in(node: ast.FunctionDef) -> set[str]:
+    """The names of what a function calls, or hands over to be called; a method of its own name counts."""
+    found = {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+    found |= {child.attr for child in ast.walk(node) if isinstance(child, ast.Attribute)}
+    calls_namesake = any(
+        isinstance(child, ast.Call) and ast.unparse(child.func).rpartition(".")[2] == node.name
+        for child in ast.walk(node)
+    )
+    return found | ({"agree"} if calls_namesake else set())
+
+
+def is_abstract(node: ast.FunctionDef) -> bool:
+    return all(isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in node.body)
+
+
 def test_the_design_page_says_who_uses_whom() -> None:
     """The table of rooms in docs/design.md, against the imports."""
     rows = re.findall(
