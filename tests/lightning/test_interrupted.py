@@ -6,6 +6,7 @@ trained on goes on from its raw weights.
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ CODES: dict[CodeType, str] = {
     },
     **{vars(Weights)[name].__wrapped__.__code__: name for name in ("raw", "_moving")},
     **{vars(ShardedAverage)[name].__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
-    **{vars(handover)[name].__wrapped__.__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
+    **{inspect.unwrap(vars(handover)[name]).__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
     replaced.bring_back.__code__: "bring_back",
     replaced.set_aside.__code__: "set_aside",
 }
