@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from ..errors import PeerError, ShardedAvgError
+from ..errors import PeerError, ReplicaError, ShardedAvgError
 from . import bounds, interrupts
 from .groups import rank_in, size_of
 
@@ -232,9 +232,10 @@ def _require_one(all_asked: list[Asked], group: dist.ProcessGroup | None, doing:
         )
     for apart in chosen.values():
         if len(apart) > 1:
-            raise PeerError(
-                f"{doing}: ranks {list(apart.values())} have the same model and average other parts of it. Nothing was "
-                "changed. Give all ranks the same `include`, and the same parameters to train"
+            raise ReplicaError(
+                f"{doing}: ranks {' and '.join(map(str, apart.values()))} have the same model and average other "
+                "parameters of it. Nothing was changed. Give all ranks the same `include`, and the same parameters to "
+                "train"
             )
 
 

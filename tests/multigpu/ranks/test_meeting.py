@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from sharded_avg import CheckpointError, ConfigError, PeerError
+from sharded_avg.errors import ReplicaError
 from sharded_avg.ranks import (
     Asked,
     all_or_none,
@@ -64,7 +65,7 @@ def test_ranks_that_ask_for_different_things():
     rank = dist.get_rank()
     with pytest.raises(PeerError, match=r"rank\(s\) \[0\]: swapped\('a'\); rank\(s\) \[1.*\]: swapped\('b'\)"):
         local_part(None, Asked(f"swapped('{'a' if rank == 0 else 'b'}')"))
-    with pytest.raises(PeerError, match="the same model and average other parts"):
+    with pytest.raises(ReplicaError, match="the same model and average other parameters"):
         local_part(None, Asked("swapped()", model=1, chosen=rank))
     local_part(None, Asked("swapped()", model=rank, chosen=rank))  # each has a part of the model of its own
 
