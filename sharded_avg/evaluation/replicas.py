@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..averages.state import State
-from ..ranks import all_or_none, gather_objects, size_of
+from ..ranks import all_or_none, collective, gather_objects, size_of
 from ..shard import Region
 from ..weights.layouts.replicas import digest
 
@@ -33,14 +33,17 @@ class Differing(NamedTuple):
 _Key = tuple[str, str, Region | None]  # what, name, where; None: whole, on every rank
 
 
+@collective
 @torch.no_grad()
 def check_replicas(state: State) -> list[Differing]:
     """Collective: all ranks must call. See `ShardedAverage.check_replicas`."""
-    state.refuse_while_swapped("check_replicas()")
     num_ranks, group = size_of(state.group), state.group
     if num_ranks == 1:
+        state.refuse_while_swapped("check_replicas()")
         return []
-    with all_or_none(group, "summing up weights and averages"):
+    with all_or_none(group, "summing up weights and averages") as part:
+        part.asked = state.asks("check_replicas()")
+        state.refuse_while_swapped("check_replicas()")
         state.arrange()
         sums: dict[_Key, int] = {
             ("weights", name, None): digest([tensor]) for name, tensor in state.layout.replicas() if tensor.numel()
