@@ -38,6 +38,7 @@ from .rules.polynomial import PolynomialAverage
 from .rules.power import PowerAverage
 from .rules.schedule import Schedule
 from .rules.swa import SWA
+from .saved.snapshots import Snapshots
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "Schedule",
     "ShardedAverage",
     "ShardedAvgError",
+    "Snapshots",
     "SwapError",
     "UnsupportedModelError",
     "__version__",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .saved.checkpoints import Checkpoints
 from .saved.fit import LoadResult
 from .saved.folder import PendingSave
 from .saved.manifest import Manifest
+from .saved.posthoc import Mixed, load_posthoc
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy
 from .weights.members import Include, Members
@@ -305,14 +307,14 @@ class ShardedAverage:
         """
         self._checkpoints.save(path, with_buffers=with_buffers)
 
-    def async_save(self, path: str | os.PathLike[str]) -> PendingSave:
+    def async_save(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> PendingSave:
         """Collective: all ranks must call. As `save`, but returns once the values are copied to host memory.
 
         Training, updates and swaps may go on; call `result()` of what is returned, on all ranks, to wait for the
         bytes and give the folder its name. The next save waits for this one. Nothing is
-        communicated meanwhile.
+        communicated meanwhile. With `dtype`, what is real is saved rounded to it.
         """
-        return self._checkpoints.async_save(path)
+        return self._checkpoints.async_save(path, dtype)
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> LoadResult:
         """Collective: all ranks must call. Read what `save` wrote, on any engine and any number of ranks.
@@ -323,6 +325,20 @@ class ShardedAverage:
         more than all ranks together is unexpected; where this model is on a part of the job only, others may have it.
         """
         return self._checkpoints.load(path, strict=strict)
+
+    def load_posthoc(
+        self, path: str | os.PathLike[str], *, sigma_rel: float, name: str | None = None, step: int | None = None
+    ) -> Mixed:
+        """Collective: all ranks must call. Choose the horizon after training: a power average that nobody has kept.
+
+        Out of the power averages that a run has saved in `path` (`Snapshots`), up to `step`, a sum is made whose
+        profile is nearest to the one of width `sigma_rel` (EDM2, algorithm 3), and it takes the place of the average
+        `name`: then evaluate in `swapped()`. Each rank reads its own pieces, one tensor at a time. Folders that are
+        torn are passed over with a warning; `error` of what is returned says how nearly the profile is met.
+
+        Raises `CheckpointError`, and changes nothing, if nothing fits, and `ConfigError` for a width that there is not.
+        """
+        return load_posthoc(self._state, Path(path), sigma_rel, name, step)
 
     def load_full(
         self, full: Mapping[str, Mapping[str, Tensor]], manifest: Manifest, *, strict: bool = True

@@ -27,7 +27,7 @@ from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
 from .folder import Part, Path, PendingSave, save_folder, save_folder_async
-from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of, snapshot_items
+from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of, rounded, snapshot_items
 from .loading import Loading
 from .manifest import Manifest
 from .opening import Found, find
@@ -55,11 +55,13 @@ class Checkpoints:
             save_folder(path, collect, everyone(self._state.group), connected=self._state.group is not None)
 
     @collective
-    def async_save(self, path: Path) -> PendingSave:
+    def async_save(self, path: Path, dtype: torch.dtype | None = None) -> PendingSave:
         """Collective: all ranks must call."""
         self._end_pending()
         group = everyone(self._state.group)
-        self._pending = save_folder_async(path, self._part, group, connected=self._state.group is not None)
+        self._pending = save_folder_async(
+            path, partial(self._part, dtype=dtype), group, connected=self._state.group is not None
+        )
         return self._pending
 
     def _end_pending(self) -> None:
@@ -70,13 +72,15 @@ class Checkpoints:
             self._pending = None
             pending.result()
 
-    def _part(self, *, with_buffers: bool = False) -> Part:
+    def _part(self, *, with_buffers: bool = False, dtype: torch.dtype | None = None) -> Part:
         self._state.look(live=with_buffers)
         manifest = self.manifest()
         extra = extra_of(self._state.members, strictly=with_buffers)
         pieces = list(pieces_of(self._state))
         if with_buffers:
             pieces += beside_of(self._state.members)
+        if dtype is not None:
+            manifest, pieces = rounded(manifest, pieces, dtype)
         return Part(replace(manifest, extra=extra), pieces)
 
     @collective

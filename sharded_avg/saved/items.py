@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,17 @@ def pieces_of(state: State) -> Iterator[Piece]:
                 yield from _pieces(f"{name}.{shard.name}", shard, state.average_of(name, shard))
                 for age, column in enumerate(state.store.snapshots(name)):
                     yield from _pieces(f"{name}/{age}.{shard.name}", shard, state.store.view(column, shard.name))
+
+
+def rounded(manifest: Manifest, pieces: list[Piece], dtype: torch.dtype) -> tuple[Manifest, list[Piece]]:
+    """The same in another dtype, in host memory; what is complex stays as it is."""
+    name = str(dtype).removeprefix("torch.")
+    tensors = {
+        key: record if "complex" in record.dtype else replace(record, dtype=name)
+        for key, record in manifest.tensors.items()
+    }
+    cast = [p if p.values.is_complex() else replace(p, values=p.values.detach().cpu().to(dtype)) for p in pieces]
+    return replace(manifest, tensors=tensors), cast
 
 
 def beside_of(members: Members) -> Iterator[Piece]:
