@@ -145,7 +145,7 @@ def write_honest_result(folder: Path, verify: Any) -> dict[str, torch.Tensor]:
 
 
 def test_which_rule():
-    """Every rule under every learning rate; the numbers of a real run are in docs/guide.md."""
+    """Every rule under every learning rate: that it runs, on a toy."""
     command = [sys.executable, str(EXAMPLES / "which_rule.py"), "--tiny", "--steps", "8", "--seeds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
     which_rule = import_example("which_rule")
