@@ -153,7 +153,8 @@ def test_which_rule():
     assert all(done.stdout.count(f" {name} ") == len(which_rule.RATES) for name in names)
 
 
-@pytest.mark.parametrize("launcher", covered_by(["deepspeed"], ["deepspeed", "torchrun"]))
+@pytest.mark.further
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_deepspeed_text(launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R30: both launchers; then three ranks go on where two were, with a checkpoint that DeepSpeed has converted."""
     pytest.importorskip("deepspeed")
@@ -183,7 +184,7 @@ def test_deepspeed_text(launcher: str, tmp_path: Path, monkeypatch: pytest.Monke
         assert "accumulation, 3 ranks, step 5" in job.output
 
 
-@pytest.mark.parametrize("script", ["deepspeed_text.py", "text_fsdp2.py"])
+@pytest.mark.parametrize("script", covered_by(["deepspeed_text.py"], ["deepspeed_text.py", "text_fsdp2.py"]))
 def test_what_a_launcher_passes_is_taken(script: str, tmp_path: Path) -> None:
     """R30: `--local_rank`; without a launcher, both are named."""
     job = run_python([str(EXAMPLES / script), "--local_rank=0"], tmp_path, timeout_s=100)
