@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -63,7 +64,7 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
             if size_of(group) > 1:
                 with traffic(group, doing) as messages:
                     for start in range(0, sums.numel(), _BUCKET_NUMEL):
-                        messages.all_reduce(sums[start : start + _BUCKET_NUMEL])
+                        messages.all_reduce(partial(_bucket, sums, start))
             with all_or_none(group, doing):
                 _write_means(live, sums, group)
                 kept.no_sync(model)
@@ -72,6 +73,10 @@ def averaged_buffers(model: nn.Module, group: dist.ProcessGroup | None = None) -
                 yield
         finally:
             kept.put_back()
+
+
+def _bucket(sums: Tensor, start: int) -> Tensor:
+    return sums[start : start + _BUCKET_NUMEL]
 
 
 def _can_be_averaged(buffer: Tensor) -> bool:

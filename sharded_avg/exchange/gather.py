@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -175,6 +176,10 @@ def _nbytes(parcels: Sequence[_Parcel]) -> int:
     return parcels[-1].start + parcels[-1].nbytes
 
 
+def _message(room: Tensor, parcels: Sequence[_Parcel]) -> Tensor:
+    return room[: _nbytes(parcels)]
+
+
 def _room(group: dist.ProcessGroup | None, messages: Iterable[Sequence[_Parcel]]) -> Tensor:
     """Memory for the longest of these messages."""
     return torch.empty(max(map(_nbytes, messages), default=0), dtype=torch.uint8, device=comm_device(group))
@@ -199,16 +204,15 @@ def _move_bucket(
             continue
         if rank0_only and me not in (0, owner):
             continue
-        message = room[: _nbytes(parcels)]
         with messages.attempt():
             if me == owner:
                 for parcel in parcels:
-                    _window(message, parcel).copy_(_values(mine, parcel))
-        messages.send(message, src=owner, dst=0 if rank0_only else None)
+                    _window(room, parcel).copy_(_values(mine, parcel))
+        messages.send(partial(_message, room, parcels), src=owner, dst=0 if rank0_only else None)
         with messages.attempt():
             if full:
                 for parcel in parcels:
-                    put(full[parcel.row.name], parcel.part, _window(message, parcel))
+                    put(full[parcel.row.name], parcel.part, _window(room, parcel))
 
 
 def _values(mine: dict[str, Item], parcel: _Parcel) -> Tensor:
@@ -244,13 +248,12 @@ def scatter(
         room = _room(group, (bucket for _, bucket in buckets))
     with traffic(group, doing, left) as messages:
         for rank, bucket in buckets:
-            message = room[: _nbytes(bucket)]
             with messages.attempt():
                 if me == 0:
                     for parcel in bucket:
-                        _window(message, parcel).copy_(take(full[parcel.row.name], parcel.part))
-            messages.send(message, src=0, dst=rank)
+                        _window(room, parcel).copy_(take(full[parcel.row.name], parcel.part))
+            messages.send(partial(_message, room, bucket), src=0, dst=rank)
             with messages.attempt():
                 if me == rank and messages.error is None:
                     for parcel in bucket:
-                        _values(mine, parcel).copy_(_window(message, parcel))
+                        _values(mine, parcel).copy_(_window(room, parcel))

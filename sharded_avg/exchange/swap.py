@@ -231,6 +231,16 @@ def _republish(state: State, error: BaseException | None) -> bool:
     layout.has_stale_replicas = True
     if not rendezvous(layout.group, grace_s=bounds.PATIENCE_S if error is None else bounds.LEAVING_GRACE_S):
         return False
-    layout.publish()
+    try:
+        layout.publish()
+    except BaseException as failure:  # which all ranks know of: all try once more
+        layout.publish()
+        layout.has_stale_replicas = False
+        if not isinstance(failure, PeerError):
+            raise
+        raise PeerError(
+            "another rank failed while the raw weights were spread over the replicas. They are back now, on all ranks: "
+            "a second try has succeeded. The cause is in the traceback of that rank"
+        ) from failure
     layout.has_stale_replicas = False
     return True

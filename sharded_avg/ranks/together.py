@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -167,8 +168,12 @@ def _exchanged(
             with messages.attempt():
                 if rank == me:
                     buffer[:size].copy_(mine)
-            messages.send(buffer[:size], src=rank, dst=dst)
+            messages.send(partial(_first, buffer, size), src=rank, dst=dst)
             with messages.attempt():
                 if received:
                     torch.frombuffer(received[rank], dtype=torch.uint8).copy_(buffer[:size])
     return [bytes(one) for one in received]
+
+
+def _first(buffer: torch.Tensor, size: int) -> torch.Tensor:
+    return buffer[:size]

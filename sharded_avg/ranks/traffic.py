@@ -22,7 +22,11 @@ from .meeting import UNDONE, agree
 
 
 class Traffic:
-    """The messages of one exchange. Each method is collective: ranks call the same ones, in one order."""
+    """The messages of one exchange. Each method is collective: ranks call the same ones, in one order.
+
+    A message is a window into prepared memory, and a slice is a tensor operation, which can fail: so what gives the
+    window is called here, and once more if it fails.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
@@ -37,33 +41,36 @@ class Traffic:
         except BaseException as failure:
             self.error = self.error or failure
 
-    def send(self, buffer: Tensor, *, src: int, dst: int | None) -> None:
-        """Move `buffer` from group rank `src` to `dst`, or to all if that is `None`; only these two must call."""
+    def send(self, window: Callable[[], Tensor], *, src: int, dst: int | None) -> None:
+        """Move a window from group rank `src` to `dst`, or to all if that is `None`; only these two must call."""
         group = self.group
         me, source = rank_in(group), dist.get_global_rank(_given(group), src)
         if dst is None:
-            self._take_part(buffer, lambda: dist.broadcast(buffer, src=source, group=group, async_op=True))
+            self._take_part(window, lambda part: dist.broadcast(part, src=source, group=group, async_op=True))
         elif me == src != dst:
             target = dist.get_global_rank(_given(group), dst)
-            self._take_part(buffer, lambda: dist.isend(buffer, dst=target, group=group))
+            self._take_part(window, lambda part: dist.isend(part, dst=target, group=group))
         elif me == dst != src:
-            self._take_part(buffer, lambda: dist.irecv(buffer, src=source, group=group))
+            self._take_part(window, lambda part: dist.irecv(part, src=source, group=group))
 
-    def all_gather(self, received: Tensor, sent: Tensor) -> None:
-        """Every rank's `sent`, one after the other in rank order."""
-        self._take_part(sent, lambda: dist.all_gather_into_tensor(received, sent, group=self.group, async_op=True))
+    def all_gather(self, sent: Callable[[], Tensor], received: Callable[[], Tensor]) -> None:
+        """Every rank's window `sent`, one after the other in rank order."""
+        self._take_part(
+            sent, lambda part: dist.all_gather_into_tensor(received(), part, group=self.group, async_op=True)
+        )
 
-    def all_reduce(self, buffer: Tensor) -> None:
+    def all_reduce(self, window: Callable[[], Tensor]) -> None:
         """The sum over the ranks."""
-        self._take_part(buffer, lambda: dist.all_reduce(buffer, group=self.group, async_op=True))
+        self._take_part(window, lambda part: dist.all_reduce(part, group=self.group, async_op=True))
 
-    def _take_part(self, buffer: Tensor, start: Callable[[], Any]) -> None:
+    def _take_part(self, window: Callable[[], Tensor], start: Callable[[Tensor], Any]) -> None:
         """Start, and once more if that fails: it does at once where the backend is broken. Then wait."""
         for is_last in (False, True):
             if self._is_cut:
                 return
             try:
-                work = start()
+                part = window()
+                work = start(part)
                 break
             except BaseException as failure:
                 self.error = self.error or failure
@@ -71,7 +78,7 @@ class Traffic:
         else:
             return
         try:
-            if buffer.device.type == "cpu":
+            if part.device.type == "cpu":
                 work.wait(timedelta(seconds=bounds.TRAFFIC_S))
             else:
                 work.wait()  # only orders streams; the group's own timeout bounds it

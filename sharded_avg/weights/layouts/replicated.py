@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 
 import torch
@@ -161,14 +162,19 @@ class _Room:
             dtype = _dtype(round_, live)
             sizes[dtype] = max(sizes.get(dtype, 0), _size(round_))
         device = comm_device(group, next(iter(live.values())).device) if live else torch.device("cpu")
-        self._sent = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self._rooms_sent = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
         n = size_of(group)
-        self._received = {dtype: torch.empty(n * size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self._rooms_received = {
+            dtype: torch.empty(n * size, dtype=dtype, device=device) for dtype, size in sizes.items()
+        }
 
-    def of(self, round_: list[list[Cut]], live: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What this rank sends, and what it receives."""
-        dtype, size = _dtype(round_, live), _size(round_)
-        return self._sent[dtype][:size], self._received[dtype][: size * len(round_)]
+    def sent(self, round_: list[list[Cut]], live: Mapping[str, Tensor]) -> Tensor:
+        """What this rank sends."""
+        return self._rooms_sent[_dtype(round_, live)][: _size(round_)]
+
+    def received(self, round_: list[list[Cut]], live: Mapping[str, Tensor]) -> Tensor:
+        """What it receives, its own included."""
+        return self._rooms_received[_dtype(round_, live)][: _size(round_) * len(round_)]
 
 
 def _dtype(round_: list[list[Cut]], live: Mapping[str, Tensor]) -> torch.dtype:
@@ -227,15 +233,16 @@ def _in_groups(cuts: list[Cut], limit: int) -> Iterator[list[Cut]]:
 def _all_gather(messages: Traffic, round_: list[list[Cut]], live: Mapping[str, Tensor], room: _Room) -> None:
     """Collective: all ranks must call. One round."""
     me = rank_in(messages.group)
-    mine, gathered = room.of(round_, live)
     with messages.attempt():
+        mine = room.sent(round_, live)
         for cut, window in _windows(round_[me], mine, live):
             window.copy_(piece(live[cut.name], cut.region))
-    messages.all_gather(gathered, mine)
+    messages.all_gather(partial(room.sent, round_, live), partial(room.received, round_, live))
     with messages.attempt():
+        gathered, size = room.received(round_, live), _size(round_)
         for rank, cuts in enumerate(round_):
             if rank != me:
-                for cut, window in _windows(cuts, gathered[rank * len(mine) : (rank + 1) * len(mine)], live):
+                for cut, window in _windows(cuts, gathered[rank * size : (rank + 1) * size], live):
                     piece(live[cut.name], cut.region).copy_(window)
 
 

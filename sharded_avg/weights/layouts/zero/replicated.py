@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....errors import LayoutChangedError
+from ....ranks import all_or_none
 from ....shard import Box
 from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need, never_steps
 from .piece import AbstractWeights, Piece
-from .run import Run, Span, view
+from .run import SPREADING, Run, Span, view
 
 
 class Replicated(AbstractWeights):
@@ -47,10 +48,7 @@ class Replicated(AbstractWeights):
         return not any(piece.region.numel for piece in self.pieces())
 
     def publish(self) -> None:
-        if self._world_size > 1:
-            with torch.no_grad():
-                for run in self._runs():
-                    run.spread(self.group)
+        self._spread(list)
 
     def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
         found = []
@@ -61,11 +59,16 @@ class Replicated(AbstractWeights):
         return found
 
     def publish_masters(self) -> None:
+        self._spread(lambda runs: [run.of_masters() for run in runs if run.has_whole_masters])
+
+    def _spread(self, chosen: Callable[[list[Run]], list[Run]]) -> None:
+        """Collective: all ranks must call. What is chosen of the Runs, one after the other."""
         if self._world_size > 1:
             with torch.no_grad():
-                for run in self._runs():
-                    if run.has_whole_masters:
-                        run.of_masters().spread(self.group)
+                with all_or_none(self.group, SPREADING):
+                    runs = chosen(self._runs())
+                for run in runs:
+                    run.spread(self.group)
 
     def _runs(self) -> list[Run]:
         optimizer = self._engine.optimizer

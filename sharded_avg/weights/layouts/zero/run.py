@@ -19,6 +19,7 @@ from ..base import STALE
 from .piece import EMPTY, Piece
 
 SCRATCH_BYTES = 64 << 20
+SPREADING = "spreading weights over the ranks of ZeRO"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,18 +60,17 @@ class Run:
     def spread(self, group: dist.ProcessGroup) -> None:
         """Collective: all ranks must call. Copy every rank's stretch of `live` to all, `SCRATCH_BYTES` at a time."""
         rank, world_size = rank_in(group), size_of(group)
-        doing = "spreading weights over the ranks of ZeRO"
-        with all_or_none(group, doing):
+        with all_or_none(group, SPREADING):
             first = self.live[0].tensor
             size = max(1, min(self.stretch, SCRATCH_BYTES // (first.element_size() * (world_size + 1))))
             sent, received = first.new_empty(size), first.new_empty(world_size * size)
-        with traffic(group, doing, STALE) as messages:
+        with traffic(group, SPREADING, STALE) as messages:
             for offset in range(0, self.stretch, size):
                 length = min(size, self.stretch - offset)
                 with messages.attempt():
                     for place, values in self._cover(rank, offset, length):
                         sent[place : place + values.numel()].copy_(values)
-                messages.all_gather(received, sent)
+                messages.all_gather(lambda: sent, lambda: received)
                 with messages.attempt():
                     for source in range(world_size):
                         for place, values in self._cover(source, offset, length) if source != rank else ():
