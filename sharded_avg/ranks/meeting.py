@@ -62,10 +62,12 @@ def meet(
     error: BaseException | None,
     doing: str,
     patience_s: float | None = None,
+    interrupted_s: float | None = None,
 ) -> Verdict:
     """Collective: all ranks must call. `decide` runs on rank 0, on what all ranks have said.
 
     A rank with an `error` returns at once; the verdict may be another rank's. Picklable values only, and small ones.
+    `interrupted_s`: how long a rank still waits after Ctrl-C, which is raised later then; not at all by default.
     """
     me, num_ranks = rank_in(group) if group is not None else 0, size_of(group)
     if num_ranks == 1:
@@ -75,7 +77,7 @@ def meet(
         if error is not None:
             return point.claim(Verdict(failed=(me, repr(error))))
         point.say((doing, said))
-        return point.wait(decide, bounds.PATIENCE_S if patience_s is None else patience_s)
+        return point.wait(decide, bounds.PATIENCE_S if patience_s is None else patience_s, interrupted_s)
     except dist.DistError as failure:  # the process that kept the store has ended
         raise PeerError(
             f"the job's store cannot be reached while {doing}: {failure}. Most likely rank 0 has failed and is gone; "
@@ -115,14 +117,17 @@ class _Point:
         self._store.set(f"{self._key}/said/{self._me}", pickle.dumps(said))
         self._store.add(f"{self._key}/arrived", 1)
 
-    def wait(self, decide: Decide, patience_s: float) -> Verdict:
+    def wait(self, decide: Decide, patience_s: float, interrupted_s: float | None) -> Verdict:
         """Until there is a verdict. An interruption becomes one, if it is not too late for that."""
         deadline, pause_s = time.monotonic() + patience_s, _SHORTEST_PAUSE_S
+        held: BaseException | None = None
         longest_s = max(_LONGEST_PAUSE_S, _PAUSE_S_PER_RANK * self._num_ranks)
         try:
             while not self._store.check([f"{self._key}/verdict"]):
                 if (interruption := interrupts.take_noted()) is not None:
-                    raise interruption
+                    if interrupted_s is None or held is not None:
+                        raise interruption
+                    held, deadline = interruption, min(deadline, time.monotonic() + interrupted_s)
                 if self._me == 0 and self._store.add(f"{self._key}/arrived", 0) == self._num_ranks:
                     return self.claim(lambda: _decided(decide, self._all_said()))
                 if time.monotonic() >= deadline:
@@ -136,6 +141,9 @@ class _Point:
                 raise
             interrupts.note(failure)  # the others go on, and so must this rank, until it can tell them
             return verdict
+        finally:
+            if held is not None:
+                interrupts.note(held)
 
     def claim(self, verdict: Verdict | Callable[[], Verdict]) -> Verdict:
         """The verdict: this one, if none was claimed before. What makes it runs only then."""

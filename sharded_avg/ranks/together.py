@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import CheckpointError, ShardedAvgError
+from . import bounds
 from .groups import comm_device, rank_in, size_of
 from .interrupts import collective, interruptible, uninterrupted
 from .meeting import UNDONE, Asked, agree, answer_of, meet
@@ -71,9 +72,10 @@ meeting = all_or_none
 def rendezvous(group: dist.ProcessGroup | None, *, grace_s: float) -> bool:
     """Collective: all ranks must call. Wait until every rank is here; False on all of them if one gave up.
 
-    A rank gives up after `grace_s` seconds.
+    A rank gives up after `grace_s` seconds. Ctrl-C, which is raised when ranks have met, leaves it no more than
+    `LEAVING_GRACE_S`: what they meet for is that weights are left as they were, and a second one ends the waiting.
     """
-    verdict = meet(group, None, lambda _: None, None, "waiting for all", grace_s)
+    verdict = meet(group, None, lambda _: None, None, "waiting for all", grace_s, bounds.LEAVING_GRACE_S)
     return verdict.failed is None and not verdict.absent
 
 
