@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..averages.state import State
-from ..errors import add_note
+from ..errors import ConfigError, add_note
 from ..ranks import all_or_none, collective, gather_objects
 from ..rules.numbers import number
 from ..rules.schedule import WhenFn
@@ -40,10 +40,20 @@ def copy_to_model(
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
     # Decided alike on all ranks, which have seen the same steps; equal_replicas compares that. A step that was skipped
     # leaves the count where it was: once is enough.
-    if schedule is not None and (state.written_back.get(state.resolve(name)) == state.step or not schedule(state.step)):
+    is_due, error = True, None
+    if schedule is not None:
+        try:
+            is_due = state.written_back.get(state.resolve(name)) != state.step and bool(schedule(state.step))
+        except BaseException as failure:  # told to the others, for which it may be due
+            error = failure
+    if not is_due:
         return False
     doing = "copying averages into the model"
     with equal_replicas(state.layout, doing) as part:
+        if error is not None:
+            raise error
+        if undo is not None and not isinstance(undo, RawWeights):
+            raise ConfigError(f"undo={undo!r}: must be what raw_weights() returned, or None")
         part.asked = state.asks(f"copy_to_model({name!r}, {factor=}{', undo=...' if undo is not None else ''})")
         number("copy_to_model(factor", factor, above=0, most=1, for_example=0.5)
         state.refuse_while_swapped("copy_to_model()")
@@ -85,6 +95,8 @@ def _undo(state: State, undo: RawWeights) -> None:
 def restore_raw(state: State, raw: RawWeights) -> bool:
     """Collective: all ranks must call. See `ShardedAverage.restore_raw`."""
     with all_or_none(state.group, "comparing live weights with averages") as part:
+        if not isinstance(raw, RawWeights):
+            raise ConfigError(f"raw={raw!r}: must be what raw_weights() returned")
         part.asked = state.asks("restore_raw()")
         state.refuse_while_swapped("restore_raw()")
         state.arrange()

@@ -8,6 +8,7 @@ A save of many small tensors is mostly overhead: DCP plans, copies and pickles e
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -21,6 +22,8 @@ from ..files.stored import bytes_of
 from ..files.tensor_archive import LARGEST_BYTES, frame_of
 from ..shard import Box
 from .claims import Piece
+
+_LOST = {errno.EIO, errno.ENOSPC, errno.EDQUOT}  # others say that there is no disk behind this stream
 
 
 class Written(NamedTuple):
@@ -111,5 +114,8 @@ def sync(stream: BinaryIO) -> None:
     stream.flush()
     try:
         os.fsync(stream.fileno())
-    except (OSError, AttributeError, io.UnsupportedOperation):  # a stream to somewhere else
+    except (AttributeError, io.UnsupportedOperation):  # a stream to somewhere else
         return
+    except OSError as failure:
+        if failure.errno in _LOST:
+            raise
