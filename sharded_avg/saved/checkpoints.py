@@ -22,7 +22,7 @@ from torch import Tensor
 from ..averages.arguments import MANIFEST_KEY
 from ..averages.state import State
 from ..errors import CheckpointError, ConfigError, LayoutChangedError
-from ..ranks import Asked, agree, all_or_none, collective, decided, everyone, gather_objects, size_of
+from ..ranks import Asked, all_or_none, collective, decided, everyone, gather_objects, size_of
 from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
@@ -49,7 +49,8 @@ class Checkpoints:
     @collective
     def save(self, path: Path, *, with_buffers: bool) -> None:
         """Collective: all ranks must call."""
-        self._agree_on(f"save(with_buffers={with_buffers!r})")
+        with all_or_none(self._state.group, "saving") as part:
+            part.asked = Asked(f"save(with_buffers={with_buffers!r})")
         self._end_pending()
         collect = partial(self._part, with_buffers=with_buffers)
         with collector_paused():
@@ -64,10 +65,6 @@ class Checkpoints:
             path, partial(self._part, dtype=dtype), group, connected=self._state.group is not None
         )
         return self._pending
-
-    def _agree_on(self, call: str) -> None:
-        """Collective: all ranks must call. Ranks that hold one model together give the same arguments."""
-        agree(self._state.group, None, "saving or loading", Asked(call))
 
     def _end_pending(self) -> None:
         """Collective: all ranks must call. Nothing is on its way any more."""
@@ -92,8 +89,10 @@ class Checkpoints:
     @torch.no_grad()
     def load(self, path: Path, *, strict: bool) -> LoadResult:
         """Collective: all ranks must call."""
-        self._agree_on(f"load(strict={strict!r})")
         state, group, doing = self._state, everyone(self._state.group), f"loading {path!r}"
+        with all_or_none(state.group, doing) as part:
+            state.members.refresh()
+            part.asked = Asked(f"load(strict={strict!r})", *state.members.digests)
         mine: list[Manifest] = []
 
         def ask() -> tuple[str, bytes]:
