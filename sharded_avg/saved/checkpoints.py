@@ -137,9 +137,10 @@ class Checkpoints:
     def take_from(self, get_other: Callable[[], State]) -> None:
         """Collective: all ranks must call."""
         with all_or_none(self._state.group, "taking averages over from another object") as part:
-            part.asked = Asked("take_from()")
             self._state.refuse_while_swapped("take_from()")
             other = get_other()
+            self._state.members.refresh()
+            part.asked = Asked(other.asks("take_from()").text, *self._state.members.digests)
             _refuse_other_cuts(self._state, other)
             manifest = describe(other)
             loading = Loading(self._state, manifest, self._fit(manifest, strict=False))
