@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import sqrt
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from ..ranks import all_or_none, collective, comm_device, gather_objects, rank_i
 from ..shard import Region, Shard
 from ..tensors import split
 
+Measured = TypeVar("Measured")
+
 CHUNK_ELEMENTS = 1 << 20  # of each tensor at a time, in float64
 
 
@@ -23,22 +26,29 @@ def distance(state: State, name: str | None) -> float:
 
     0 if both are equal; infinite if only the live weights are zero. Computed in float64.
     """
-    return _ratio(_sums(state, name).sum(0))
+    return _measured(state, name, lambda sums: _ratio(sums.sum(0)))
 
 
 @collective
 def distances(state: State, name: str | None) -> dict[str, float]:
     """Collective: all ranks must call. The same for each module that has averaged parameters of its own, by path."""
-    modules: dict[str, Tensor] = {}
-    for shard, squares in zip(state.members.averaged, _sums(state, name), strict=True):
-        path = shard.name.rpartition(".")[0]
-        modules[path] = modules.get(path, 0) + squares
-    return {path: _ratio(squares) for path, squares in modules.items()}
+
+    def by_module(sums: Tensor) -> dict[str, float]:
+        modules: dict[str, Tensor] = {}
+        for shard, squares in zip(state.members.averaged, sums, strict=True):
+            path = shard.name.rpartition(".")[0]
+            modules[path] = modules.get(path, 0) + squares
+        return {path: _ratio(squares) for path, squares in modules.items()}
+
+    return _measured(state, name, by_module)
 
 
 @torch.no_grad()
-def _sums(state: State, name: str | None) -> Tensor:
-    """Collective: all ranks must call. Of squares, for each averaged tensor: of the difference, of the live weights."""
+def _measured(state: State, name: str | None, reckon: Callable[[Tensor], Measured]) -> Measured:
+    """Collective: all ranks must call. What `reckon` makes of sums of squares, (averaged tensors, 2).
+
+    Of the difference, and of the live weights.
+    """
     group, doing = state.group, "measuring the distance of average and live weights"
     with all_or_none(group, doing) as part:
         part.asked = state.asks(f"distance({name!r})")
@@ -56,8 +66,10 @@ def _sums(state: State, name: str | None) -> Tensor:
         sent = sums.to(comm_device(group, shards[0].tensor.device if shards else None))
     if size_of(group) > 1:
         with traffic(group, doing) as messages:
-            messages.all_reduce(sent)
-    return sent.cpu()
+            messages.all_reduce(lambda: sent)
+    with all_or_none(group, doing):
+        measured = reckon(sent.cpu())
+    return measured
 
 
 def _ratio(squares: Tensor) -> float:

@@ -40,18 +40,18 @@ def copy_to_model(
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
     # Decided alike on all ranks, which have seen the same steps; equal_replicas compares that. A step that was skipped
     # leaves the count where it was: once is enough.
-    is_due, error = True, None
+    is_due, undecided = True, None
     if schedule is not None:
         try:
             is_due = state.written_back.get(state.resolve(name)) != state.step and bool(schedule(state.step))
         except BaseException as failure:  # told to the others, for which it may be due
-            error = failure
+            undecided = failure
     if not is_due:
         return False
     doing = "copying averages into the model"
     with equal_replicas(state.layout, doing) as part:
-        if error is not None:
-            raise error
+        if undecided is not None:
+            raise undecided
         if undo is not None and not isinstance(undo, RawWeights):
             raise ConfigError(f"undo={undo!r}: must be what raw_weights() returned, or None")
         part.asked = state.asks(f"copy_to_model({name!r}, {factor=}{', undo=...' if undo is not None else ''})")
