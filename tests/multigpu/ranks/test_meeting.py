@@ -166,7 +166,7 @@ def test_traffic_takes_part_to_its_end(where: str):
                 if mine and where == "before" and source == 1:
                     raise InjectedError("before")
                 buffer.fill_(10.0 * source if rank == source % size else -1.0)
-            t.send(buffer, src=source % size, dst=None)
+            t.send(lambda: buffer, src=source % size, dst=None)
             with t.attempt():
                 sums.append(float(buffer.sum()))
                 if mine and where == "after" and source == 1:
