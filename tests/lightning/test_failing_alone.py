@@ -95,22 +95,9 @@ def resume(tmp_path: Path, name: str) -> dict[str, Any]:
     return found | {"again": again.average.n_averaged}
 
 
-def validate(tmp_path: Path, name: str) -> dict[str, Any]:
-    """In the user's own code, while the average is in the model."""
-
-    def fail(trainer: Any) -> None:
-        if is_last():
-            raise OneRankError("a metric, say")
-
-    fails = At("on_validation_batch_end", fail)
-    return failed(trainer(tmp_path, name, [fails, WeightAveraging()], max_epochs=1), module(name))
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize(
-    ("body", "step"),
-    [(build, 0), (save, 3), (resume, NUM_BATCHES), (validate, NUM_BATCHES)],
-    ids=lambda v: getattr(v, "__name__", ""),
+    ("body", "step"), [(build, 0), (save, 3), (resume, NUM_BATCHES)], ids=lambda v: getattr(v, "__name__", "")
 )
 def test_all_ranks_raise(name: str, body: Any, step: int, tmp_path: Path) -> None:
     """The rank's own error there, `PeerError` elsewhere; and the same without the fault goes well."""
