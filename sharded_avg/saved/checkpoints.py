@@ -27,7 +27,7 @@ from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
 from .folder import Part, Path, PendingSave, save_folder, save_folder_async
-from .items import Incoming, beside_of, describe, extra_of, items_of, pieces_of, rounded, snapshot_items
+from .items import CarriedError, Incoming, beside_of, describe, extra_of, items_of, pieces_of, rounded, snapshot_items
 from .loading import Loading
 from .manifest import Manifest
 from .opening import Found, find
@@ -157,6 +157,14 @@ class Checkpoints:
     def state_dict(self) -> dict[str, Any]:
         """Local."""
         _refuse_fabric()
+        try:
+            return self._items()
+        except BaseException as failure:
+            if size_of(everyone(None)) == 1 or not _caller().startswith("torch.distributed.checkpoint."):
+                raise
+            return CarriedError(failure)
+
+    def _items(self) -> dict[str, Any]:
         kept = self._state
         kept.look()
         self._incoming = Incoming(kept)
@@ -210,12 +218,17 @@ def _refuse_other_cuts(mine: State, other: State) -> None:
             )
 
 
-def _refuse_fabric() -> None:
-    """`Fabric.save` asks every rank for a state, and then pickles rank 0's: it must be told before the ranks part."""
+def _caller() -> str:
+    """The module outside of this package that has called."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("sharded_avg."):
         frame = frame.f_back
-    caller = frame.f_globals.get("__name__", "") if frame is not None else ""
+    return str(frame.f_globals.get("__name__", "")) if frame is not None else ""
+
+
+def _refuse_fabric() -> None:
+    """`Fabric.save` asks every rank for a state, and then pickles rank 0's: it must be told before the ranks part."""
+    caller = _caller()
     if caller.startswith(("lightning.fabric.", "lightning_fabric.")):
         raise CheckpointError(
             "Fabric.save writes what rank 0 has into one file, and a sharded average has pieces on every rank: leave "

@@ -185,3 +185,21 @@ def extra_of(members: Members, *, strictly: bool) -> dict[str, Any]:
                 raise CheckpointError(f"{what}, or save without with_buffers") from None
             warnings.warn(f"{what}. It was left out", stacklevel=2)
     return kept
+
+
+class CarriedError(dict[str, Any]):
+    """In place of a part of the user's checkpoint, to DCP: raises `error` as soon as it is looked into.
+
+    DCP asks all ranks for their parts, one by one, before the ranks meet, so that a rank that raises there leaves the
+    others waiting. It looks into the parts where it gathers every rank's plan, or its error: then all ranks raise.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def items(self) -> Any:
+        raise self._error
+
+    def __reduce__(self) -> Any:
+        raise self._error
