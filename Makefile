@@ -68,5 +68,5 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist runs lightning_logs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .nox build dist runs lightning_logs *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

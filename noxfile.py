@@ -97,9 +97,10 @@ def nightly(session: nox.Session) -> None:
 def wheel(session: nox.Session, numpy: bool) -> None:
     """The wheel alone: its metadata, an import, the README's first snippet, and the command line."""
     session.install("build", "setuptools>=77")
-    out = Path(session.create_tmp()) / "dist"
+    folder = Path(session.create_tmp()).resolve()  # the session changes its folder below
+    out = folder / "dist"
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(out), silent=True)
-    fresh = Path(session.create_tmp()) / "fresh"
+    fresh = folder / "fresh"
     session.run("python", "-m", "venv", "--clear", str(fresh))
     python = str(fresh / "bin" / "python")
     built = max(out.glob("*.whl"), key=lambda path: path.stat().st_mtime)
