@@ -54,6 +54,7 @@ SAVERS = [
     ("zero3-persistent", 3),
     ("zero3-bf16-groups", 2),
 ]
+SAVERS = [saver for saver in SAVERS if saver[0] in ALL_ROWS]
 Full = dict[str, dict[str, Tensor]]  # by average, by name
 
 
