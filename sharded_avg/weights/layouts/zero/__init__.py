@@ -37,10 +37,10 @@ A missing one is an `EngineVersionError`. A test holds the code to this list, an
     parameter  ds_tensor, ds_id, ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather  stage 3
                ds_secondary_tensor  stage 3 with zero_hpz_partition_size
                _hp_mapping  stages 1, 2: only whether it is there: destroy() ends it
-    AutoTP     ds_autotp_universal_checkpoint_meta  of a parameter: how it is cut, for universal checkpoints
-               tensor_model_parallel  of a parameter that is cut
+    AutoTP     tensor_model_parallel  of a parameter that is cut
                get_model_parallel_rank  of the mpu, which is deepspeed.utils.groups
-    optional   backup_optimizer, using_real_optimizer, offloaded_states  what some releases have, and some engines
+    optional   ds_autotp_universal_checkpoint_meta  AutoTP, of a parameter: how it is cut; DeepSpeed 0.16.9 has none
+               backup_optimizer, using_real_optimizer, offloaded_states  what some releases have, and some engines
                has_moe_layers, mp_world_size, zenflow, swap_optimizer, params_in_nvme_and_cpu  refused where they are on
                mesh_device, sequence_parallel_size  refused together in stages 0 to 2
                ds_quant_scale, is_deepcompile_active  the same
