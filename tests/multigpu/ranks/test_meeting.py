@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -175,7 +177,23 @@ def test_traffic_takes_part_to_its_end(where: str):
     dist.barrier()  # no rank is left in a message
 
 
+@contextmanager
+def ctrl_c_interrupts() -> Iterator[None]:
+    """As in a user's program: pytest's workers, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupting(test: Callable[[], None]) -> Callable[[], None]:
+    return functools.wraps(test)(ctrl_c_interrupts()(test))
+
+
 @on_ranks(2)
+@interrupting
 def test_interrupted_while_waiting():
     """Ctrl-C on a rank that waits for one that is late: its own there, and the late one is told."""
     first = dist.get_rank() == 0
@@ -187,10 +205,10 @@ def test_interrupted_while_waiting():
             time.sleep(1.5)
         local_part(None)
     dist.barrier()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @on_ranks(2)
+@interrupting
 def test_interrupted_between_two_agreements():
     """It is raised in the next local part, where the others learn of it, and not between."""
     mine, reached = dist.get_rank() == 1, []
@@ -212,6 +230,7 @@ def test_interrupted_between_two_agreements():
 
 
 @pytest.mark.own_processes
+@interrupting
 def test_a_second_interruption_is_raised_at_once():
     reached = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
@@ -222,10 +241,10 @@ def test_a_second_interruption_is_raised_at_once():
         time.sleep(0.01)
         reached.append("second")
     assert reached == ["first"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.own_processes
+@interrupting
 def test_interrupted_in_a_local_part():
     """There, it comes when it comes; and a handler that somebody else has put there stays."""
     with pytest.raises(KeyboardInterrupt), uninterrupted(), all_or_none(None, "trying"):  # noqa: PT012
