@@ -10,10 +10,10 @@
 # make clean     back to a fresh clone
 #
 # Each makes the environment first, in .venv, with the versions of constraints.txt. Choose the interpreter with
-# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-x -k fsdp"; without, two workers share the tests.
+# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-n 2 -k fsdp".
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?=
 # of `make matrix`: SESSIONS="-s oldest", say; by default all that noxfile.py lists
 SESSIONS ?=
 BIN := .venv/bin

