@@ -142,7 +142,7 @@ class ReplicatedLayout(AbstractLayout):
         if not self.publishes:
             return
         doing = "spreading weights over the replicas"
-        with all_or_none(self.group, doing):
+        with all_or_none(self.group, doing, left=STALE):
             live: dict[str, Tensor] = {e.name: e.tensor.detach() for e in self._entries}
             rounds = [round_ for line in self._lines for round_ in _rounds(line, live)]
             room = _Room(self.group, rounds, live)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ....errors import LayoutChangedError
 from ....ranks import all_or_none
 from ....shard import Box
+from ..base import STALE
 from .engine import FLAT_ATTRIBUTES, UNFUSED, kind, need, never_steps
 from .piece import AbstractWeights, Piece
 from .run import SPREADING, Run, Span, view
@@ -65,7 +66,7 @@ class Replicated(AbstractWeights):
         """Collective: all ranks must call. What is chosen of the Runs, one after the other."""
         if self._world_size > 1:
             with torch.no_grad():
-                with all_or_none(self.group, SPREADING):
+                with all_or_none(self.group, SPREADING, left=STALE):
                     runs = chosen(self._runs())
                 for run in runs:
                     run.spread(self.group)

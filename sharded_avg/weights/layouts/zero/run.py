@@ -60,7 +60,7 @@ class Run:
     def spread(self, group: dist.ProcessGroup) -> None:
         """Collective: all ranks must call. Copy every rank's stretch of `live` to all, `SCRATCH_BYTES` at a time."""
         rank, world_size = rank_in(group), size_of(group)
-        with all_or_none(group, SPREADING):
+        with all_or_none(group, SPREADING, left=STALE):
             first = self.live[0].tensor
             size = max(1, min(self.stretch, SCRATCH_BYTES // (first.element_size() * (world_size + 1))))
             sent, received = first.new_empty(size), first.new_empty(world_size * size)
