@@ -49,8 +49,7 @@ class Checkpoints:
     @collective
     def save(self, path: Path, *, with_buffers: bool) -> None:
         """Collective: all ranks must call."""
-        with all_or_none(self._state.group, "saving") as part:
-            part.asked = Asked(f"save(with_buffers={with_buffers!r})")
+        self._ask(f"save(with_buffers={with_buffers!r})")
         self._end_pending()
         collect = partial(self._part, with_buffers=with_buffers)
         with collector_paused():
@@ -59,12 +58,19 @@ class Checkpoints:
     @collective
     def async_save(self, path: Path, dtype: torch.dtype | None = None) -> PendingSave:
         """Collective: all ranks must call."""
+        self._ask(f"async_save(dtype={dtype!r})")
         self._end_pending()
         group = everyone(self._state.group)
         self._pending = save_folder_async(
             path, partial(self._part, dtype=dtype), group, connected=self._state.group is not None
         )
         return self._pending
+
+    def _ask(self, call: str) -> None:
+        """Collective: all ranks must call. For the same, and of one model the same parts, or tensors have gaps."""
+        with all_or_none(self._state.group, "saving") as part:
+            self._state.look()
+            part.asked = Asked(call, *self._state.members.digests)
 
     def _end_pending(self) -> None:
         """Collective: all ranks must call. Nothing is on its way any more."""

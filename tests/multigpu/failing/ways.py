@@ -112,7 +112,9 @@ def _other_names(request: Request, _: ExitStack) -> None:
 
 def _frozen(request: Request, undo: ExitStack) -> None:
     """A parameter that this rank alone takes for frozen: the average is built after that."""
-    for param in [param for name, param in request.model.named_parameters() if "back" in name]:
+    params = [param for name, param in request.model.named_parameters() if "back" in name]
+    request.is_reached = any(param.requires_grad for param in params)  # FSDP1 may have flat parameters alone
+    for param in params:
         if param.requires_grad:
             param.requires_grad_(False)
             undo.callback(param.requires_grad_, True)
