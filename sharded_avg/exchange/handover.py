@@ -70,14 +70,17 @@ def copy_to_model(
                 for live in live_tensors(shard):
                     live.copy_(average)
         publish_all(state)
+        # Ctrl-C that came meanwhile is raised in here, where it can be undone: whoever passed `undo` relies on that.
+        with all_or_none(state.group, doing, left=left):
+            state.written_back[name] = state.step
+        return True
     except BaseException as error:
+        state.written_back.pop(name, None)
         if undo is None:
             add_note(error, _PARTLY)
         else:
             _undo(state, undo)
         raise
-    state.written_back[name] = state.step
-    return True
 
 
 _PARTLY = "The model may hold the average in part. Pass undo=average.raw_weights() to have raw weights back then"
