@@ -37,7 +37,7 @@ from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
 from .saved.checkpoints import Checkpoints
 from .saved.fit import LoadResult
-from .saved.folder import PendingSave
+from .saved.folder.saving import PendingSave
 from .saved.manifest import Manifest
 from .saved.posthoc import Mixed, load_posthoc
 from .weights.aside import RawWeights

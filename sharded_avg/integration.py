@@ -18,9 +18,9 @@ from .formats.importers import find_importer
 from .ranks import all_or_none, everyone, gather_objects, meeting, rank_in, rendezvous, size_of
 from .rules.base import AbstractLerpRule
 from .rules.custom import AvgFn, MultiAvgFn
+from .saved.folder.place import place_of
 from .saved.manifest import Manifest
 from .saved.opening import read_manifest
-from .saved.place import place_of
 from .version import require, requirement
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy

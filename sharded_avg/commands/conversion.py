@@ -20,7 +20,7 @@ from ..files.source import AbstractSource, Renamed
 from ..formats.exporters import raw_weights, write_averaged_model, write_lightning
 from ..formats.importers import IMPORTERS, Names, find_importer
 from ..formats.open import open_source
-from ..saved.from_source import write_folder
+from ..saved.folder.from_source import write_folder
 from ..saved.manifest import Manifest
 from .progress import Report
 from .target import Target, averaged_names, exported_facts, manifest_of, tell_infinite

@@ -13,11 +13,11 @@ from ..errors import CheckpointError, ConfigError
 from ..files.source import AbstractSource
 from ..formats.open import StrPath, open_source
 from .arguments import DTYPES, add_allow_nonfinite, add_dtype, add_name, numbers
-from .order import given_twice, order_of_steps
 from .progress import Report, progress, say
-from .provenance import facts_of_sum
+from .sums.order import given_twice, order_of_steps
+from .sums.provenance import facts_of_sum
+from .sums.weighted_sum import WSM_SHAPES, WeightedSum, given, uniform, window, wsm
 from .target import Target, guess_format, some_of
-from .weighted_sum import WSM_SHAPES, WeightedSum, given, uniform, window, wsm
 
 
 def merge(

@@ -19,12 +19,12 @@ from ..rules.power_profiles import Mixture, sigma_rel_of
 from ..saved.series import Series, Snapshot
 from .arguments import DTYPES, add_allow_nonfinite, add_dtype
 from .inspect import columns
-from .profile_plot import draw_profiles, require_matplotlib
 from .progress import Report, progress, say
-from .provenance import facts_of_sum
-from .snapshots import open_series, summed_names, tell_rounding
+from .sums.profile_plot import draw_profiles, require_matplotlib
+from .sums.provenance import facts_of_sum
+from .sums.snapshots import open_series, summed_names, tell_rounding
+from .sums.weighted_sum import WeightedSum
 from .target import Target, guess_format
-from .weighted_sum import WeightedSum
 
 LISTED = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.10, 0.12, 0.15, 0.20, 0.25, 0.28)
 LARGE_ERROR = 0.05

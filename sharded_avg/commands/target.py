@@ -21,7 +21,7 @@ from ..files.rounded import AbstractRounded, is_real
 from ..files.sinks import write_safetensors, write_torch
 from ..files.source import AbstractSource, Watched, is_extra
 from ..formats.open import StrPath
-from ..saved.from_source import write_folder
+from ..saved.folder.from_source import write_folder
 from ..saved.manifest import AverageRecord, Manifest, TensorRecord
 from ..version import __version__
 from .progress import Report, say

@@ -18,10 +18,10 @@ from ..formats.open import StrPath
 from ..saved.series import Series, Snapshot
 from .arguments import DTYPES, add_allow_nonfinite, add_dtype
 from .progress import Report, progress
-from .provenance import facts_of_sum
-from .snapshots import open_series, summed_names, tell_rounding
+from .sums.provenance import facts_of_sum
+from .sums.snapshots import open_series, summed_names, tell_rounding
+from .sums.weighted_sum import WeightedSum
 from .target import Target, guess_format, some_of
-from .weighted_sum import WeightedSum
 
 
 def window(

@@ -26,12 +26,12 @@ from ..ranks import Asked, all_or_none, collective, decided, everyone, gather_ob
 from ..shard import take
 from ..weights.names import collector_paused
 from .fit import LoadResult, compare
-from .folder import Part, Path, PendingSave, save_folder, save_folder_async
+from .folder.place import place_of
+from .folder.saving import Part, Path, PendingSave, save_folder, save_folder_async
 from .items import CarriedError, Incoming, beside_of, describe, extra_of, items_of, pieces_of, rounded, snapshot_items
 from .loading import Loading
 from .manifest import Manifest
 from .opening import Found, find
-from .place import place_of
 
 
 class Checkpoints:

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from ..errors import CheckpointError
 from ..ranks import everyone, size_of
 from ..shard import Box, Patch, Region, patches
-from .claims import Piece, apart_error, claim_of, may_be_held_twice, window
+from .folder.claims import Piece, apart_error, claim_of, may_be_held_twice, window
 
 NOT_STARTED = "not started"
 

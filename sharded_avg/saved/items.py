@@ -25,7 +25,7 @@ from ..rules.schedule import schedule_settings
 from ..shard import Box, Shard, patches
 from ..version import __version__
 from ..weights.members import Members
-from .claims import Piece, window
+from .folder.claims import Piece, window
 from .manifest import BESIDE_KEY, AverageRecord, Manifest, TensorRecord
 from .plain import encode
 

@@ -14,8 +14,8 @@ from ..averages.state import State
 from ..averages.store import Store
 from ..files.dcp_folder import DcpFolder
 from ..shard import Shard, patches
-from .claims import window
 from .fit import LoadResult
+from .folder.claims import window
 from .items import Incoming
 from .manifest import Manifest
 

@@ -11,8 +11,8 @@ from ..averages.arguments import MANIFEST_KEY
 from ..errors import CheckpointError
 from ..files.dcp_folder import DcpFolder
 from ..ranks import collective, decided, everyone
+from .folder.place import MANIFEST_FILE, place_of
 from .manifest import Manifest
-from .place import MANIFEST_FILE, place_of
 
 Path = str | os.PathLike[str]
 

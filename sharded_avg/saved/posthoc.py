@@ -18,8 +18,8 @@ from ..averages.state import State
 from ..errors import CheckpointError
 from ..ranks import all_or_none, collective, decided, everyone, rank_in
 from ..shard import Shard, patches
-from .claims import window
 from .fit import compare
+from .folder.claims import window
 from .items import describe
 from .loading import Loading
 from .series import Series

@@ -14,8 +14,8 @@ from ..errors import CheckpointError
 from ..files.dcp_folder import INDEX_FILE
 from ..files.source import AbstractSource
 from ..rules.power_profiles import Mixture, PowerProfile, gamma_of, gamma_of_rule
+from .folder.place import INCOMING, OUTGOING, place_of
 from .manifest import AverageRecord
-from .place import INCOMING, OUTGOING, place_of
 from .sources import SavedAverages, saved_averages
 
 _MAX_DEPTH = 3

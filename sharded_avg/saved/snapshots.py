@@ -18,8 +18,8 @@ import torch.distributed as dist
 from ..errors import ConfigError
 from ..ranks import all_or_none, collective, everyone, rank_in
 from ..rules.numbers import whole
-from .folder import PendingSave
-from .place import place_of
+from .folder.place import place_of
+from .folder.saving import PendingSave
 
 _NAME = re.compile(r"step-(\d+)")
 

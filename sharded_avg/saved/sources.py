@@ -23,8 +23,8 @@ from ..files.dcp_folder import INDEX_FILE, DcpFolder
 from ..files.facts import load_json
 from ..files.source import AbstractSource, Renamed, TensorInfo
 from ..shard import Box, take
+from .folder.place import MANIFEST_FILE, place_of
 from .manifest import BESIDE_KEY, FORMAT, Manifest, TensorRecord
-from .place import MANIFEST_FILE, place_of
 from .plain import decode
 
 MANIFEST_KEY = "manifest"

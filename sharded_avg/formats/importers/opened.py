@@ -13,7 +13,7 @@ from ...files.dcp_folder import INDEX_FILE, DcpFolder
 from ...files.facts import load_json
 from ...files.safetensors_file import INDEX_SUFFIX, SafetensorsFiles, safetensors_of
 from ...files.torch_file import TorchFile, flat_tensors
-from ...saved.place import MANIFEST_FILE
+from ...saved.folder.place import MANIFEST_FILE
 from .base import Content, Later
 
 _EMA_FILE = "ema.safetensors"

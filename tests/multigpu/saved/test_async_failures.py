@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_avg import EMA, CheckpointError, ConfigError, PeerError, ShardedAverage, load_averaged_state_dict
-from sharded_avg.saved import folder
+from sharded_avg.saved.folder import saving
 from tests.helpers.pool import on_ranks
 
 SOON_S = 15.0
@@ -35,9 +35,9 @@ def fails(average: ShardedAverage, path: Path, patch: pytest.MonkeyPatch, where:
     if dist.get_rank() == dist.get_world_size() - 1:
         places = {
             "collecting": (type(average._checkpoints), "_part"),
-            "staging": (folder.Saving, "detach"),
-            "writing": (folder, "write_pieces"),
-            "waiting": (folder.PendingSave, "wait"),
+            "staging": (saving.Saving, "detach"),
+            "writing": (saving, "write_pieces"),
+            "waiting": (saving.PendingSave, "wait"),
         }
         patch.setattr(*places[where], fail)
     average.async_save(path).result()
@@ -76,7 +76,7 @@ def test_a_failure_that_nobody_asked_for_is_told_by_the_next_save(tmp_path):
     average = started()
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(folder, "write_pieces", lambda *_: 1 / 0)
+            patch.setattr(saving, "write_pieces", lambda *_: 1 / 0)
         average.async_save(tmp_path / "run")
         average._checkpoints._pending.wait()
     with pytest.raises(CheckpointError, match="rank 1: ZeroDivisionError"):

@@ -187,7 +187,7 @@ def test_async_save_is_of_the_moment_of_the_call(tmp_path):
 @on_ranks(2)
 def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
     """P88, P96: all ranks raise, and the average of before is still there."""
-    from sharded_avg.saved import folder
+    from sharded_avg.saved.folder import saving
 
     engine, average = start("fsdp2")
     engine.learn_steps(0, 1)
@@ -196,21 +196,21 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path):
     expected = averaged(average, engine)
     engine.learn_steps(1, 2)
     average.update()
-    write = folder.write_pieces
+    write = saving.write_pieces
 
     def full_disk(*arguments: object) -> object:
         if dist.get_rank() == 1:
             raise OSError("No space left on device")
         return write(*arguments)
 
-    folder.write_pieces = full_disk
+    saving.write_pieces = full_disk
     try:
         started = datetime.datetime.now()
         with pytest.raises(CheckpointError, match=r"rank 1.*No space left"):
             average.save(tmp_path / "average")
         assert (datetime.datetime.now() - started).total_seconds() < 20
     finally:
-        folder.write_pieces = write
+        saving.write_pieces = write
     _, fresh = start("fsdp2")
     fresh.load(tmp_path / "average")
     assert_same(averaged(fresh, engine), expected, "after a failed save")

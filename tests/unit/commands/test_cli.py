@@ -23,7 +23,7 @@ from sharded_avg.commands.shares import told_by
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.formats.open import open_source
-from sharded_avg.saved import from_source
+from sharded_avg.saved.folder import from_source
 from sharded_avg.shard import Box
 
 from .test_consolidate import sparse_folder

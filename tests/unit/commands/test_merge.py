@@ -13,8 +13,8 @@ import sharded_avg
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage
 from sharded_avg.commands.cli import main
 from sharded_avg.commands.merge import merge
+from sharded_avg.commands.sums.weighted_sum import given, uniform, window, wsm
 from sharded_avg.commands.target import Target
-from sharded_avg.commands.weighted_sum import given, uniform, window, wsm
 from sharded_avg.formats.open import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")

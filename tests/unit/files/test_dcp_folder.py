@@ -21,7 +21,7 @@ from sharded_avg.files.safetensors_file import SafetensorsFiles
 from sharded_avg.files.source import AbstractSource, TensorInfo, slabs
 from sharded_avg.files.torch_file import TorchFile
 from sharded_avg.formats.open import open_source
-from sharded_avg.saved import from_source
+from sharded_avg.saved.folder import from_source
 from sharded_avg.saved.manifest import AverageRecord, Manifest
 from sharded_avg.shard import Box, take
 

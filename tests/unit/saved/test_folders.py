@@ -15,8 +15,8 @@ from torch import nn
 
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.averages.history import History
-from sharded_avg.saved import folder
-from sharded_avg.saved.place import Disk, Remote, place_of
+from sharded_avg.saved.folder import saving
+from sharded_avg.saved.folder.place import Disk, Remote, place_of
 
 # DCP says so from its background thread when there is no process group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -204,8 +204,8 @@ class TestAsyncSave:
         """P23: updates and swaps while the bytes travel do not reach the file."""
         average = average_of(1.0, 3.0)
         gate = threading.Event()
-        write = folder.write_pieces
-        monkeypatch.setattr(folder, "write_pieces", lambda *a: (gate.wait(30), write(*a))[1])
+        write = saving.write_pieces
+        monkeypatch.setattr(saving, "write_pieces", lambda *a: (gate.wait(30), write(*a))[1])
         pending = average.async_save(path)
         assert not pending.done()
         step(average, average.net, 100.0)
@@ -238,7 +238,7 @@ class TestAsyncSave:
         def full(*_: object) -> None:
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(folder, "write_pieces", full)
+        monkeypatch.setattr(saving, "write_pieces", full)
         pending = average_of(1.0).async_save(tmp_path / "average")
         with pytest.raises(CheckpointError, match="No space left"):
             pending.result()

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..averages.arguments import MANIFEST_KEY
-from ..errors import CheckpointError
-from ..files.source import AbstractSource, slabs
+from ...averages.arguments import MANIFEST_KEY
+from ...errors import CheckpointError
+from ...files.source import AbstractSource, slabs
+from ..manifest import BESIDE_KEY, Manifest, TensorRecord
+from ..plain import encode
 from .claims import Piece
-from .folder import whole, write_file
-from .manifest import BESIDE_KEY, Manifest, TensorRecord
 from .place import MANIFEST_FILE, place_of
-from .plain import encode
+from .saving import whole, write_file
 
 
 def write_folder(source: AbstractSource, path: Path, manifest: Manifest) -> None:

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files.stored import bytes_of
-from ..ranks import claim_once
-from ..shard import Box, Patch
+from ...errors import CheckpointError
+from ...files.stored import bytes_of
+from ...ranks import claim_once
+from ...shard import Box, Patch
 
 _MOST_NAMES = 5  # in an error
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..files.source import AbstractSource
-from ..formats.open import StrPath
-from .target import averaged_names, exported_facts
+from ...files.source import AbstractSource
+from ...formats.open import StrPath
+from ..target import averaged_names, exported_facts
 
 
 def facts_of_sum(

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError, ConfigError
-from ..files.safetensors_file import safetensors_of
-from ..files.source import AbstractSource, slabs
-from ..formats.open import StrPath
-from .progress import say
+from ...errors import CheckpointError, ConfigError
+from ...files.safetensors_file import safetensors_of
+from ...files.source import AbstractSource, slabs
+from ...formats.open import StrPath
+from ..progress import say
 
 
 def order_of_steps(paths: Sequence[StrPath], sources: Sequence[AbstractSource], *, matters: bool) -> list[int]:

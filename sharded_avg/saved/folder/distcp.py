@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from ..errors import CheckpointError
-from ..files.stored import bytes_of
-from ..files.tensor_archive import LARGEST_BYTES, frame_of
-from ..shard import Box
+from ...errors import CheckpointError
+from ...files.stored import bytes_of
+from ...files.tensor_archive import LARGEST_BYTES, frame_of
+from ...shard import Box
 from .claims import Piece
 
 _LOST = {errno.EIO, errno.ENOSPC, errno.EDQUOT}  # others say that there is no disk behind this stream

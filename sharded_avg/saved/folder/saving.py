@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from ..averages.arguments import MANIFEST_KEY
-from ..errors import CheckpointError, ConfigError
-from ..files.dcp_folder import INDEX_FILE
-from ..ranks import all_or_none, collective, decided, gather_objects, interruptible, part_group, rank_in, size_of
+from ...averages.arguments import MANIFEST_KEY
+from ...errors import CheckpointError, ConfigError
+from ...files.dcp_folder import INDEX_FILE
+from ...ranks import all_or_none, collective, decided, gather_objects, interruptible, part_group, rank_in, size_of
+from ..manifest import Manifest
 from .claims import Claim, Piece, Place, claim_of, claim_path, held_twice, settle
 from .distcp import Written, index_of, sync, write_pieces
-from .manifest import Manifest
 from .place import MANIFEST_FILE, AbstractPlace, place_of
 
 Path = str | os.PathLike[str]

@@ -18,9 +18,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import CheckpointError, ConfigError
-from ..files.dcp_folder import DcpFolder
-from ..files.stored import StoredFile
+from ...errors import CheckpointError, ConfigError
+from ...files.dcp_folder import DcpFolder
+from ...files.stored import StoredFile
 
 MANIFEST_FILE = "manifest.json"
 INCOMING, OUTGOING = ".incoming", ".outgoing"

@@ -6,9 +6,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
-from ..files.sinks import appearing
-from ..rules.power_profiles import Mixture, sigma_rel_of
+from ...errors import ConfigError
+from ...files.sinks import appearing
+from ...rules.power_profiles import Mixture, sigma_rel_of
 
 _NUM_POINTS = 1000
 

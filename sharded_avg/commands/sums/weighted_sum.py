@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError
-from ..files.rounded import AbstractRounded, is_real
-from ..files.source import AbstractSource, TensorInfo, is_extra
-from ..shard import Box
-from .target import some_of
+from ...errors import CheckpointError, ConfigError
+from ...files.rounded import AbstractRounded, is_real
+from ...files.source import AbstractSource, TensorInfo, is_extra
+from ...shard import Box
+from ..target import some_of
 
 WSM_SHAPES: dict[str, Callable[[float], float]] = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x)}
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import ConfigError
-from ..files.source import AbstractSource
-from ..formats.open import StrPath
-from ..saved.series import Series
-from .progress import say
-from .target import Target
+from ...errors import ConfigError
+from ...files.source import AbstractSource
+from ...formats.open import StrPath
+from ...saved.series import Series
+from ..progress import say
+from ..target import Target
 
 WORST_ERROR = 1e-4  # of a weight's size, from rounding in what was saved: beyond, it is told
 _LARGE_GROWTH = 2  # below, it is the rounding that whoever saved has chosen

@@ -1,0 +1,1 @@
+"""Sums of saved weights: what merge, window and posthoc share."""
