@@ -41,10 +41,14 @@ def growth(counts: tuple[int, ...]) -> list[Growth]:
     """CPU time of this process, so that neither others on the machine nor the disk count; medians of NUM_ROUNDS."""
     _round(WARMUP_COUNT)  # imports, and what torch sets up once
     found: dict[str, dict[int, float]] = {}
-    for count in counts:
-        rounds = [_round(count) for _ in range(NUM_ROUNDS)]
-        for what in rounds[0]:
-            found.setdefault(what, {})[count] = median(one[what] for one in rounds) / count * 1e6
+    gc.freeze()  # what else this process holds is not looked through again before every operation
+    try:
+        for count in counts:
+            rounds = [_round(count) for _ in range(NUM_ROUNDS)]
+            for what in rounds[0]:
+                found.setdefault(what, {})[count] = median(one[what] for one in rounds) / count * 1e6
+    finally:
+        gc.unfreeze()
     return [Growth(what, us, TARGETS_US.get(what)) for what, us in found.items()]
 
 

@@ -26,7 +26,10 @@ def test_killed_at_every_point(world_size, every, tmp_path):
     """P88, P96: whatever rank dies, and whenever, the previous average loads, or else the new one, whole."""
     shared_memory = Path("/dev/shm")  # syncing a hundred small files to a disk takes minutes
     folder = shared_memory / f"killed-{os.getpid()}" if shared_memory.is_dir() else tmp_path
-    command = [sys.executable, "-m", "tests.multigpu.saved.killed_save", str(world_size), str(every), str(folder)]
+    command = [
+        *(sys.executable, "-m", "tests.multigpu.saved.killed_save"),
+        *(str(world_size), str(every), str(folder / "saved")),
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
