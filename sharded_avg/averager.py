@@ -12,7 +12,7 @@ whatever would hand out averaged values raises `NotStartedError`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .evaluation.distance import distance, distances
 from .evaluation.finite import live_is_finite
 from .evaluation.replicas import Differing, check_replicas
 from .exchange.handover import copy_to_model, raw_weights, republish, restore_raw
-from .exchange.summon import summoned
+from .exchange.summon import gather_full, summoned
 from .exchange.swap import swapped
 from .rules.base import AbstractRule
 from .rules.schedule import WhenFn
@@ -205,15 +205,16 @@ class ShardedAverage:
         """
         return self._state.last_update
 
-    def check_replicas(self) -> list[Differing]:
+    def check_replicas(self, *, schedule: WhenFn | None = None) -> list[Differing]:
         """Collective: all ranks must call. What is not equal on ranks that should hold the same: weights and averages.
 
         Each entry says what ("weights", or the average's name), which parameter, and which ranks have other values
         than most; none if all is well. Compares checksums of what several ranks hold (DDP, HSDP, ZeRO's weights, what
-        tensor parallelism leaves whole): a pass over that, and one small exchange. Now and then is enough:
-        `if average.num_steps % 1000 == 0: assert not average.check_replicas()`.
+        tensor parallelism leaves whole): a pass over that, and one small exchange. Now and then is enough: with a
+        `schedule`, this is done after the steps that it chooses of `num_steps`, and at the others costs nothing,
+        communicates nothing, and finds nothing: `check_replicas(schedule=Schedule(every_steps=1000))` in every step.
         """
-        return check_replicas(self._state)
+        return check_replicas(self._state, schedule)
 
     def distances(self, name: str | None = None) -> dict[str, float]:
         """Collective: all ranks must call. As `distance`, for each module that has averaged tensors of its own."""
@@ -290,6 +291,15 @@ class ShardedAverage:
         """
         return summoned(self._state, name, offload_to_cpu=offload_to_cpu, rank0_only=rank0_only, writeback=writeback)
 
+    def gather_full(self, names: Collection[str] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Collective: all ranks must call. What `load_full` takes back, on rank 0 in host memory; {} elsewhere.
+
+        `full[average][parameter]` of the averages `names`, or of all, that have had an update, and of the snapshots
+        that their rules keep, newest first: `full["NAME/0"]`, `full["NAME/1"]`, ... For a file of one's own, with
+        `manifest()` beside it.
+        """
+        return gather_full(self._state, names)
+
     # -- saving and loading ----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str], *, with_buffers: bool = False) -> None:
@@ -345,7 +355,8 @@ class ShardedAverage:
     ) -> LoadResult:
         """Take over full averaged tensors, `full[average][name]`; `manifest` says how they came about. Local.
 
-        Each rank copies its own pieces out of them, so they may lie in a memory-mapped file. Raises as `load`.
+        Each rank copies its own pieces out of them, so they may lie in a memory-mapped file. Snapshots that a rule
+        keeps are there as `gather_full` names them; where they are not, the average stands for each. Raises as `load`.
         """
         return self._checkpoints.load_full(full, manifest, strict=strict)
 

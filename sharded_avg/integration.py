@@ -12,11 +12,10 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
     saved     whether a folder and a checkpoint are of one save; averages that lie in a trainer's own file
 """
 
-from .averages.arguments import as_buffers, as_dtype
+from .averages.arguments import as_buffers, as_dtype, as_rules
 from .averages.store import AverageDtype
 from .formats.importers import find_importer
 from .ranks import all_or_none, everyone, gather_objects, meeting, rank_in, rendezvous, size_of
-from .rules.base import AbstractLerpRule
 from .rules.custom import AvgFn, MultiAvgFn
 from .saved.folder.place import place_of
 from .saved.manifest import Manifest
@@ -30,7 +29,6 @@ from .weights.steps import StepCount
 from .weights.write import write_live
 
 __all__ = [
-    "AbstractLerpRule",
     "AverageDtype",
     "AvgFn",
     "BufferPolicy",
@@ -41,6 +39,7 @@ __all__ = [
     "all_or_none",
     "as_buffers",
     "as_dtype",
+    "as_rules",
     "clean",
     "everyone",
     "find_importer",

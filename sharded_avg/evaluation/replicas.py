@@ -14,6 +14,7 @@ import torch
 
 from ..averages.state import State
 from ..ranks import all_or_none, collective, gather_objects, size_of
+from ..rules.schedule import WhenFn
 from ..shard import Region
 from ..weights.layouts.replicas import digest
 
@@ -35,13 +36,24 @@ _Key = tuple[str, str, Region | None]  # what, name, where; None: whole, on ever
 
 @collective
 @torch.no_grad()
-def check_replicas(state: State) -> list[Differing]:
+def check_replicas(state: State, schedule: WhenFn | None = None) -> list[Differing]:
     """Collective: all ranks must call. See `ShardedAverage.check_replicas`."""
+    undecided = None
+    if schedule is not None:
+        try:
+            if not schedule(state.step):
+                return []
+        except BaseException as failure:  # told to the others, for which it may be time
+            undecided = failure
     num_ranks, group = size_of(state.group), state.group
     if num_ranks == 1:
+        if undecided is not None:
+            raise undecided
         state.refuse_while_swapped("check_replicas()")
         return []
     with all_or_none(group, "summing up weights and averages") as part:
+        if undecided is not None:
+            raise undecided
         part.asked = state.asks("check_replicas()")
         state.refuse_while_swapped("check_replicas()")
         state.arrange()

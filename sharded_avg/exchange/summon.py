@@ -1,11 +1,11 @@
-"""Full averaged tensors while a `with` block lasts, and edits of them put back.
+"""Full averaged tensors while a `with` block lasts, and edits of them put back; or all that is kept, for a file.
 
-What is yielded is a copy, under the unwrapped model's own keys: averages where averaged, live values elsewhere.
+What is summoned is a copy, under the unwrapped model's own keys: averages where averaged, live values elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..averages.state import State
 from ..errors import ConfigError
-from ..ranks import agree, all_or_none, interruptible, rank_in, uninterrupted
+from ..ranks import agree, all_or_none, collective, interruptible, rank_in, uninterrupted
 from ..shard import Shard
 from .gather import Item, gather, scatter
 
@@ -62,6 +62,30 @@ def summoned(
                 agree(group, error, "editing the full averages", left="None were written back")
                 with torch.no_grad():
                     scatter(group, averaged, tensors, rank0_only=rank0_only)
+
+
+@collective
+@torch.no_grad()
+def gather_full(state: State, names: Collection[str] | None) -> dict[str, dict[str, Tensor]]:
+    """Collective: all ranks must call. See `ShardedAverage.gather_full`."""
+    with all_or_none(state.group, "looking up full tensors") as part:
+        part.asked = state.asks(f"gather_full({names and sorted(names)})")
+        state.look()
+        chosen = list(state.rules) if names is None else [state.resolve(name) for name in names]
+        columns = {name: name for name in chosen if state.histories[name].n_averaged}
+        for name in list(columns):
+            columns |= {f"{name}/{age}": column for age, column in enumerate(state.store.snapshots(name))}
+        items = [
+            Item(f"{key}.{shard.name}", shard.shape, shard.region, values, "averaged")
+            for key, column in columns.items()
+            for shard in state.members.averaged
+            for values in [state.average_of(key, shard) if key == column else state.store.view(column, shard.name)]
+        ]
+    found: dict[str, dict[str, Tensor]] = {}
+    for path, value in gather(state.group, items, rank0_only=True, device=torch.device("cpu")).items():
+        key, _, name = path.partition(".")
+        found.setdefault(key, {})[name] = value
+    return found
 
 
 def _items(state: State, name: str) -> tuple[list[Item], list[Item]]:

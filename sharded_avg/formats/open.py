@@ -86,10 +86,12 @@ def _average(path: Path, name: str | None) -> AbstractSource | None:
             raise CheckpointError(f"{str(path)!r} holds the average {exported!r} and no {name!r}")
         return source
     found = find_importer(path)
-    if found is None or name not in (None, _ONLY_NAME, found.format):  # any other name is a key of a plain checkpoint
+    # Any other name is a key of a plain checkpoint.
+    if found is None or name not in (None, found.format, *(found.names or [_ONLY_NAME])):
         return None
-    source = found.open()
-    return Renamed(source, {key: key for key in source.infos}, {"average": _ONLY_NAME})
+    main, *others = found.names or [_ONLY_NAME]
+    source = found.open_named(name) if name in others else found.open()
+    return Renamed(source, {key: key for key in source.infos}, {"average": name if name in others else main})
 
 
 def _is_beside_an_average(path: Path, name: str) -> bool:

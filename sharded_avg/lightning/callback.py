@@ -11,7 +11,7 @@ on_exception          the raw weights back, before anybody saves
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,16 +20,16 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .. import AbstractRule, ConfigError, ShardedAverage
-from ..integration import AbstractLerpRule, AvgFn, BufferPolicy, MultiAvgFn, as_buffers, meeting
+from .. import AbstractRule, ConfigError, ReplicaError, ShardedAverage, Snapshots
+from ..integration import AvgFn, BufferPolicy, MultiAvgFn, as_buffers, meeting
 from .holdings import Holdings
-from .passes import BothPasses
+from .passes import Passes
 from .patches import replaced, stand_in
 from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
-from .settings import Included, count, dtype_of, one_of, one_rule
+from .settings import Included, count, dtype_of, end_of, evaluation, rules_of, snapshots_of
 from .stepping import StepWatch
-from .trainers import callback_class, check, evaluation_loops, is_named, job_group
+from .trainers import callback_class, check, evaluation_loops, is_named, job_group, spans_rank_0
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -50,22 +50,34 @@ class WeightAveraging(Callback):
             own modules whose mean means nothing is the live one in any case, as docs/guide.md lists.
         avg_fn: elementwise `avg_fn(averaged, current, num_averaged) -> averaged`; by default, the equal-weight mean.
         multi_avg_fn: the same on lists, in place.
-        rule: one of this package's rules, instead of a function.
+        rule: one of this package's rules, instead of a function; or several by name, such as
+            `{"short": EMA(decay=0.99), "long": PowerAverage.from_sigma_rel(0.1)}`. Then the one that `end_with` names,
+            or else the first, is meant wherever there can be one only: at the end, in a prediction, in `state_dict` of
+            a file.
         dtype: storage of the average, a torch.dtype or its name: see `ShardedAverage`. By default fp32, and float64
             for float64 weights; `None` is each parameter's own.
         buffers: which buffers are averaged, instead of all or none by `use_buffers`: what `ShardedAverage` takes, for
             example `{"*.running_*": "average"}`, or a predicate.
         include: `include(name, tensor) -> bool` chooses parameters; by default those that require grad.
         evaluate_with: "average", "raw", or "both": then each validation and test first runs on the raw weights, with
-            `raw_prefix` before the names of its metrics, and then on the average.
-        raw_prefix: of the metrics of raw weights, with evaluate_with="both".
-        end_with: "average" leaves the average in the model at the end of training, "raw" the raw weights.
+            `raw_prefix` before the names of its metrics, and then on the average. With "all" it runs on each of several
+            averages in between, with "NAME/" before the names of metrics; those of the average of `end_with`, which is
+            the last, are logged under their plain names as well. Checkpoints and early stopping act once, at the last.
+        raw_prefix: of the metrics of raw weights, with evaluate_with="both" and "all".
+        end_with: "average" leaves the average in the model at the end of training, "raw" the raw weights; of several
+            averages, the name of the one to end with, and "average" is the first.
         strict: whether an average in a checkpoint that is torn or does not fit is an error; if not, a new average
             starts from the checkpoint's weights, with a warning.
         skip_nonfinite: look at the weights before each update, and leave it out if some are NaN or infinite, on any
             rank: a pass over the weights, a host sync and a small reduction each time.
-        log_every_n_updates: log the effective decay and the distance between live and averaged weights that often, as
-            "average/decay" and "average/distance": one small reduction each time. 0 does not.
+        log_every_n_updates: log the decay in force and the distance between live and averaged weights that often, as
+            "average/decay" and "average/distance" (or "NAME/..."), and what the update took on rank 0, as
+            "average/update_seconds" and "average/update_bytes": one small reduction each time. 0 does not.
+        check_replicas_every_n_updates: compare what ranks should hold alike that often (`check_replicas`), and raise
+            `ReplicaError` where it differs: a pass over that, and a small exchange. 0 does not.
+        snapshots: save the averages on a schedule of their own, while training goes on, for a choice among horizons
+            after it (`load_posthoc`): the arguments of `Snapshots`, such as `{"folder": "run/snapshots",
+            "every_steps": 1000, "keep_last": 5}`.
 
     `average` is the `ShardedAverage` once training has begun, and `None` before.
 
@@ -79,26 +91,31 @@ class WeightAveraging(Callback):
         avg_fn: AvgFn | None = None,
         multi_avg_fn: MultiAvgFn | None = None,
         *,
-        rule: AbstractRule | None = None,
+        rule: AbstractRule | Mapping[str, AbstractRule] | None = None,
         dtype: torch.dtype | str | None = "auto",
         buffers: str | Mapping[str, str] | BufferPolicy | None = None,
         include: Callable[[str, Tensor], bool] | None = None,
-        evaluate_with: Literal["average", "raw", "both"] = "average",
+        evaluate_with: Literal["average", "raw", "both", "all"] = "average",
         raw_prefix: str = "raw/",
-        end_with: Literal["average", "raw"] = "average",
+        end_with: str = "average",
         strict: bool = True,
         skip_nonfinite: bool = False,
         log_every_n_updates: int = 0,
+        check_replicas_every_n_updates: int = 0,
+        snapshots: Mapping[str, Any] | None = None,
     ) -> None:
-        self.rule = one_rule(rule, avg_fn, multi_avg_fn)
+        self.rules = rules_of(rule, avg_fn, multi_avg_fn)
+        self.main, self._ends_averaged = end_of(end_with, self.rules)
         self.device, self.use_buffers, self.include = device, use_buffers, include
         self.dtype, self.buffers = dtype_of(dtype), buffers
         if buffers is not None:
             as_buffers(buffers)
-        self.evaluate_with = one_of("evaluate_with", evaluate_with)
-        self.end_with = one_of("end_with", end_with)
+        self.evaluate_with = evaluation(evaluate_with)
         self.raw_prefix, self.strict, self.skip_nonfinite = raw_prefix, strict, skip_nonfinite
         self.log_every_n_updates = count("log_every_n_updates", log_every_n_updates) or 0
+        every = count("check_replicas_every_n_updates", check_replicas_every_n_updates)
+        self.check_replicas_every_n_updates = every or 0
+        self.snapshots = snapshots_of(snapshots)
         self._latest_update_step = 0
         self._latest_update_epoch = -1
         self._latest_asked_epoch = -1
@@ -110,7 +127,7 @@ class WeightAveraging(Callback):
         self.holdings = Holdings(self)
         self._watch: StepWatch | None = None
         self._during_run = ExitStack()
-        self._is_raw_pass = False
+        self._looks_at: str | None = None  # "raw" or an average, in a pass of its own
         self._has_caught_up = False
         self._job: dist.ProcessGroup | None = None  # all ranks of the trainer
 
@@ -131,7 +148,7 @@ class WeightAveraging(Callback):
 
     @property
     def average(self) -> ShardedAverage | None:
-        """The average of the weights that are being trained, or were; `None` before training."""
+        """The average, or all of several, of the weights that are being trained, or were; `None` before training."""
         return None if self.holdings.training is None else self.holdings.training.average
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -163,9 +180,9 @@ class WeightAveraging(Callback):
             self._latest_update_step = min(self._latest_update_step, trainer.global_step)
             self._latest_update_epoch = min(self._latest_update_epoch, trainer.current_epoch - 1)
             self._latest_asked_epoch = -1
-        if self.evaluate_with == "both":
+        if self.evaluate_with in ("both", "all"):
             for loop in evaluation_loops(trainer):
-                passes = replaced(loop, "run", lambda run: BothPasses(self, trainer, run))
+                passes = replaced(loop, "run", lambda run: Passes(self, trainer, run))
                 self._during_run.enter_context(passes)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -181,7 +198,7 @@ class WeightAveraging(Callback):
         with torch.inference_mode(False), meeting(self._job, "building the average of the weights"):
             return ShardedAverage(
                 model,
-                self.rule,
+                self.rules,
                 dtype=self.dtype,
                 device=self.device,  # type: ignore[arg-type]
                 buffers=self.buffers if self.buffers is not None else "average" if self.use_buffers else "copy",
@@ -197,32 +214,60 @@ class WeightAveraging(Callback):
             weights = self.holdings.of(pl_module) if self.holdings.pending is None else None
             self._update(self.holdings.begin(trainer, pl_module) if weights is None else weights, trainer)
         self._has_caught_up = False
+        if self.snapshots is not None and (weights := self.holdings.of(pl_module)) is not None:
+            self._save_snapshot(weights)
         if trainer.is_last_batch:
             self._epoch_ended(trainer, pl_module)
 
-    def catch_up(self, trainer: Any, weights: Weights) -> None:
-        """Who saves after a step and before our hook saves an average that has taken the step in, too."""
+    def catch_up(self, trainer: Any, weights: Weights, *, alone: bool = False) -> None:
+        """Who saves after a step and before our hook saves an average that has taken the step in, too.
+
+        Collective, unless `alone`.
+        """
         if self._watch is not None and self._watch.stepped() and not self._has_caught_up:
-            self._update(weights, trainer)
+            self._update(weights, trainer, alone=alone)
             self._has_caught_up = True  # what else steps in this batch is of the same step
 
     def _is_due(self, step: int) -> bool:
         return bool(self.should_update(step_idx=step - 1))
 
-    def _update(self, weights: Weights, trainer: Any) -> None:
-        self.current_epoch = trainer.current_epoch
-        if self._refuses_nonfinite(weights) or not weights.average.update():
+    def _update(self, weights: Weights, trainer: Any, *, alone: bool = False) -> None:
+        self.current_epoch, average = trainer.current_epoch, weights.average
+        if self._refuses_nonfinite(weights) or not average.update():
             return
         self._latest_update_step = trainer.global_step
-        if not self.log_every_n_updates or weights.average.n_averaged % self.log_every_n_updates:
+        if alone:
             return
-        values = {"average/distance": weights.average.distance()}
-        if isinstance(self.rule, AbstractLerpRule):
-            values["average/decay"] = weights.average.decay()
+        if self.log_every_n_updates and average.n_averaged % self.log_every_n_updates == 0:
+            self._log(weights, trainer)
+        every = self.check_replicas_every_n_updates
+        if every and average.n_averaged % every == 0 and (differing := average.check_replicas()):
+            raise ReplicaError(
+                f"after {average.num_steps} steps, ranks that should hold the same do not: "
+                + "; ".join(f"{what} of {name!r} on ranks {ranks}" for what, name, ranks in differing)
+            )
+
+    def _log(self, weights: Weights, trainer: Any) -> None:
+        """Collective: all ranks must call."""
+        average, values = weights.average, {}
+        for name in weights.started:
+            values[f"{name}/distance"] = average.distance(name)
+            with suppress(ConfigError):  # a function of the user's does not know
+                values[f"{name}/decay"] = average.decay(name)
+        if (took := average.last_update) is not None:
+            values |= {"average/update_seconds": took.seconds, "average/update_bytes": float(took.nbytes)}
         # To the loggers themselves: what a module logs in one batch, Lightning repeats in the batches after it.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+
+    def _save_snapshot(self, weights: Weights) -> None:
+        """Collective: all ranks must call. If it is time."""
+        average = weights.average
+        if weights.snapshots is None and spans_rank_0(average.process_group):  # others have the same once more
+            weights.snapshots = Snapshots(average, **self.snapshots or {})
+        if weights.snapshots is not None:
+            weights.snapshots.update()
 
     def _refuses_nonfinite(self, weights: Weights) -> bool:
         if not self.skip_nonfinite or weights.average.live_is_finite():
@@ -250,8 +295,9 @@ class WeightAveraging(Callback):
         if trainer.sanity_checking:
             return
         weights = self.holdings.to_evaluate(trainer, pl_module)
-        if weights is not None and self.evaluate_with != "raw" and not self._is_raw_pass:
-            weights.enter()
+        what = self._looks_at or ("raw" if self.evaluate_with == "raw" else self.main)
+        if weights is not None and what != "raw":
+            weights.enter(what)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The raw weights back."""
@@ -260,24 +306,37 @@ class WeightAveraging(Callback):
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
 
+    @property
+    def earlier_passes(self) -> list[tuple[str, str]]:
+        """What is evaluated before the average, "raw" or the name of another one, and the prefix of its metrics."""
+        others = [name for name in self.rules if name != self.main] if self.evaluate_with == "all" else []
+        return [("raw", self.raw_prefix), *((name, f"{name}/") for name in others)]
+
+    @property
+    def other_prefixes(self) -> list[str]:
+        """Of the metrics of the average, beside their plain names."""
+        return [f"{self.main}/"] if self.evaluate_with == "all" and len(self.rules) > 1 else []
+
     @contextmanager
-    def raw_pass(self, trainer: Any) -> Iterator[None]:
-        """Collective: all ranks must call. Inside, evaluations are of the raw weights."""
+    def looking_at(self, trainer: Any, what: str) -> Iterator[None]:
+        """Collective: all ranks must call. Inside, evaluations are of the raw weights, or of this average."""
         in_memory = trainer.state.fn != "fit" and self.holdings.pending is None
         weights = self.holdings.reachable(trainer, trainer.lightning_module) if in_memory else None
         with weights.raw() if weights is not None else nullcontext():
-            self._is_raw_pass = True
+            self._looks_at = what
             try:
                 yield
             finally:
-                self._is_raw_pass = False
+                self._looks_at = None
 
     # -- a run ends ------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Collective: all ranks must call. The average into the model for good."""
         weights = self.holdings.of(pl_module)
-        if self.end_with == "average" and weights is not None:
+        if weights is not None and weights.snapshots is not None:
+            weights.snapshots.close()
+        if weights is not None and self._ends_averaged:
             weights.finish()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -291,7 +350,7 @@ class WeightAveraging(Callback):
         self.holdings.leave(exception)
         weights = self.holdings.of(pl_module)
         if weights is not None and not self.skip_nonfinite:  # which would wait for other ranks
-            self.catch_up(trainer, weights)
+            self.catch_up(trainer, weights, alone=True)
         forget_load(pl_module)
         self._end_run()
 

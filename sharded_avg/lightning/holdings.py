@@ -90,7 +90,7 @@ class Holdings:
         return weights
 
     def _new(self, model: Any, pending: Pending | None = None) -> Weights:
-        return Weights(self._callback.built(model, pending), model)
+        return Weights(self._callback.built(model, pending), self._callback.main, model)
 
     def _heir(self, before: Weights, model: Any) -> Weights:
         heir = self._new(model)
@@ -101,16 +101,17 @@ class Holdings:
         """Collective: all ranks must call. The average of an evaluated checkpoint, into the model or beside it."""
         pending, self.pending = self.pending, None
         choice = self._callback.evaluate_with
-        if pending is None or choice == "raw" or not pending.n_averaged:
+        main = self._callback.main
+        if pending is None or not (pending.started if choice == "all" else main in pending.started) or choice == "raw":
             return
         weights = self._new(model, pending)
         if problem := load_quietly(pending, weights.average, self._callback.strict):
             self._callback.say(f"the raw weights of the checkpoint are evaluated: {problem}")
-        elif choice == "both":
+        elif choice != "average":
             self.evaluated = weights
         else:
             with torch.inference_mode(False):
-                weights.average.copy_to_model()
+                weights.average.copy_to_model(main)
 
     def to_evaluate(self, trainer: Any, module: Any) -> Weights | None:
         """Collective: all ranks must call. Whose average is looked at; `None` if the model holds what is to be."""

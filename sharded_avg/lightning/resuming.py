@@ -32,24 +32,34 @@ from ..integration import (
 from .saving import AVERAGE_FOLDER, KEY, containers_copied
 from .trainers import job_group, loads_by_itself
 
-AVERAGE = "average"  # the only one of a callback
 _ELSEWHERE = "another rank failed"
 
 
 @dataclass
 class Pending:
-    """An average that was found in a checkpoint: in a folder, or as full tensors."""
+    """Averages that were found in a checkpoint: in a folder, or as full tensors."""
 
     path: Path
     manifest: Manifest | None  # None if another callback saved it
-    full: Mapping[str, Tensor] | None = None  # under the names of the unwrapped model
-    n_averaged: int = 0
+    main: str  # the average that a file has as its `state_dict`
+    full: dict[str, Mapping[str, Tensor]] | None = None  # by average and snapshot; names are the unwrapped model's
+    n_averaged: int = 0  # of the main one, if there is no manifest
     step: int = 0
     is_in_model: bool = False  # the strategy loads it as the model's weights, and nothing else is wanted
 
-    def into(self, average: ShardedAverage) -> None:
-        """Collective: all ranks must call. Raises `CheckpointError` if it does not fit, or is of another save."""
-        if self.full is None and self.n_averaged:
+    @property
+    def started(self) -> list[str]:
+        """The averages that have had an update."""
+        if self.manifest is None:
+            return [self.main] if self.n_averaged else []
+        return [name for name, record in self.manifest.averages.items() if record.n_averaged]
+
+    def into(self, average: ShardedAverage, *, strict: bool) -> None:
+        """Collective: all ranks must call. Raises `CheckpointError` if it does not fit, or is of another save.
+
+        If not `strict`, averages that one of both lacks are left alone.
+        """
+        if self.full is None and self.started:
             folder = self.path / AVERAGE_FOLDER
             _, found = read_manifest(folder, average.process_group)
             if found != self.manifest:
@@ -60,13 +70,14 @@ class Pending:
             result = average.load(folder, strict=False)
         else:
             with all_or_none(average.process_group, f"reading the average in {str(self.path)!r}"):
-                result = average.load_full({AVERAGE: self.full or {}}, self._described(average), strict=False)
+                result = average.load_full(self.full or {}, self._described(average), strict=False)
         # What is missing was frozen when the checkpoint was written: it joins now. Anything else is another model's.
-        if result.unexpected_keys or result.misfits or (self.manifest is None and result.missing_keys):
+        misfit = result.unexpected_keys or result.misfits or (self.manifest is None and result.missing_keys)
+        if misfit or (strict and (result.missing_averages or result.unexpected_averages)):
             raise CheckpointError(f"the average in {str(self.path)!r} does not fit this model: {result}")
 
     def _described(self, average: ShardedAverage) -> Manifest:
-        full, mine = self.full or {}, average.manifest()
+        full, mine = (self.full or {}).get(self.main, {}), average.manifest()
         infos = full.infos if isinstance(full, FileTensors) else full
         tensors = {
             name: replace(record, shape=list(infos[name].shape), dtype=str(infos[name].dtype).removeprefix("torch."))
@@ -75,8 +86,8 @@ class Pending:
         }
         if self.manifest is not None:
             return replace(mine, step=self.manifest.step, averages=self.manifest.averages, tensors=tensors)
-        record = replace(mine.averages[AVERAGE], n_averaged=self.n_averaged, updates=[])
-        return replace(mine, step=self.step, averages={AVERAGE: record}, tensors=tensors)
+        record = replace(mine.averages[self.main], n_averaged=self.n_averaged, updates=[], snapshots=0)
+        return replace(mine, step=self.step, averages={self.main: record}, tensors=tensors)
 
 
 @dataclass(eq=False, repr=False)
@@ -91,7 +102,7 @@ class LoadHook:
         """Load as the strategy does; the average waits in the callback."""
         checkpoint = self.original(checkpoint_path, *args, **kwargs)
         is_ours = KEY in checkpoint  # from before the first update, if it has no average: a tuner's, for one
-        if is_ours and checkpoint[KEY].get("weights") == AVERAGE and self.callback.wants_raw(self.trainer):
+        if is_ours and checkpoint[KEY].get("weights") == "average" and self.callback.wants_raw(self.trainer):
             self.callback.say("the checkpoint was saved with weights only: its weights are the average, none are raw")
         # What is read here is read by each rank for itself, and can fail on one.
         with all_or_none(job_group(self.trainer), f"reading the average in {str(checkpoint_path)!r}"):
@@ -103,31 +114,33 @@ class LoadHook:
 
     def _found(self, path: Path, checkpoint: dict[str, Any]) -> tuple[Pending | None, dict[str, Any] | None]:
         """What waits, and raw weights that belong into the live model now."""
-        text = (checkpoint.pop(KEY, None) or {}).get("manifest") if isinstance(checkpoint, dict) else None
+        ours = (checkpoint.pop(KEY, None) or {}) if isinstance(checkpoint, dict) else {}
+        text = ours.get("manifest")
         manifest = None if text is None else Manifest.from_json(text)
+        main = ours.get("main", self.callback.main)
         if "averaging_state" in checkpoint and "current_model_state" in checkpoint:
-            return self._in_file(path, checkpoint, manifest)
-        if manifest is None:
-            return None, None
-        return Pending(path, manifest, n_averaged=manifest.averages[AVERAGE].n_averaged), None
+            full: dict[str, Mapping[str, Tensor]] = dict(ours.get("averages", {}))
+            pending = Pending(path, manifest, main, full)
+            return pending, self._in_file(pending, full, checkpoint)
+        return (None if manifest is None else Pending(path, manifest, main)), None
 
     def _in_file(
-        self, path: Path, checkpoint: dict[str, Any], manifest: Manifest | None
-    ) -> tuple[Pending, dict[str, Any] | None]:
-        count = int(checkpoint.pop("averaging_state")["n_averaged"])
-        raw = checkpoint.pop("current_model_state")
-        steps = int(checkpoint.get("global_step", count)) // max(1, len(checkpoint.get("optimizer_states", [])))
-        pending = Pending(path, manifest, n_averaged=count, step=steps)
-        if not self.callback.wants_raw(self.trainer):
+        self, pending: Pending, full: dict[str, Mapping[str, Tensor]], checkpoint: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Raw weights that belong into the live model now; averages go into `full`, perhaps later."""
+        count = pending.n_averaged = int(checkpoint.pop("averaging_state")["n_averaged"])
+        raw: dict[str, Any] = checkpoint.pop("current_model_state")
+        pending.step = int(checkpoint.get("global_step", count)) // max(1, len(checkpoint.get("optimizer_states", [])))
+        if pending.main == self.callback.main and not self.callback.wants_raw(self.trainer):
             pending.is_in_model = True
         elif loads_by_itself(self.trainer.strategy):
-            pending.full = FileTensors(path)
-            return pending, raw
+            full[pending.main] = FileTensors(pending.path)
+            return raw
         else:
             averaged, checkpoint["state_dict"] = checkpoint["state_dict"], raw
             module = self.trainer.lightning_module
-            module.on_load_checkpoint = _BothCopies(module, averaged, pending)
-        return pending, None
+            module.on_load_checkpoint = _BothCopies(module, averaged, full, pending.main)
+        return None
 
 
 @dataclass(eq=False, repr=False)
@@ -136,7 +149,8 @@ class _BothCopies:
 
     module: Any
     averaged: dict[str, Any]
-    pending: Pending
+    full: dict[str, Mapping[str, Tensor]]
+    main: str  # under which the average goes there
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         del self.module.on_load_checkpoint
@@ -144,7 +158,7 @@ class _BothCopies:
         self.module.on_load_checkpoint(checkpoint)
         self.module.on_load_checkpoint(averaged)
         state = averaged["state_dict"]
-        self.pending.full = {clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
+        self.full[self.main] = {clean(key): value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def forget_load(module: Any) -> None:
@@ -181,7 +195,8 @@ class FileTensors(Mapping[str, Tensor]):
 def _counts(manifest: Manifest | None) -> str:
     if manifest is None:
         return "no update"
-    return f"{manifest.averages[AVERAGE].n_averaged} updates in {manifest.step} steps"
+    counts = " and ".join(f"{record.n_averaged} updates" for record in manifest.averages.values())
+    return f"{counts} in {manifest.step} steps"
 
 
 def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str:
@@ -189,7 +204,7 @@ def load_quietly(pending: Pending, average: ShardedAverage, strict: bool) -> str
     error: BaseException | None = None
     try:
         with torch.inference_mode(False):
-            pending.into(average)
+            pending.into(average, strict=strict)
     except BaseException as failure:
         error = failure
     # What failed on one rank only is a PeerError on the others: they do as it does.

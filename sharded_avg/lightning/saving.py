@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from .. import PeerError, ShardedAverage, UnsupportedModelError
-from ..integration import all_or_none, clean, meeting, place_of, rank_in, rendezvous, writes_checkpoints
+from .. import PeerError, UnsupportedModelError
+from ..integration import Manifest, all_or_none, clean, meeting, place_of, rank_in, rendezvous, writes_checkpoints
 from .patches import replaced
-from .trainers import collects_together, job_group, writes_folder
+from .trainers import collects_together, job_group, spans_rank_0, writes_folder
 from .weights import Weights
 
 AVERAGE_FOLDER = "average"
@@ -90,7 +91,7 @@ class SaveHook:
             elif writes_folder(self.trainer.strategy):
                 self._beside(weights, filepath, write)
             else:
-                write(lambda hook: _FileKeys(hook, weights.average, weights_only))
+                write(lambda hook: _FileKeys(hook, weights, weights_only))
 
     def _beside(self, weights: Weights, filepath: Any, write: Callable[..., None]) -> None:
         """The old average goes first: whenever we are killed, none is beside weights of another step."""
@@ -98,9 +99,9 @@ class SaveHook:
         self._remove_earlier(path, weights)
         write(lambda hook: _Noted(hook, weights.average.manifest().to_json()))
         # A model that is cut over part of the job is in the other parts once more: only the part of rank 0 writes it.
-        group, everybody = weights.average.process_group, dist.group.WORLD if dist.is_initialized() else None
+        everybody = dist.group.WORLD if dist.is_initialized() else None
         with all_or_none(everybody, f"saving the average in {str(path)!r}"):
-            if group is None or 0 in dist.get_process_group_ranks(group):
+            if spans_rank_0(weights.average.process_group):
                 weights.average.save(path / AVERAGE_FOLDER, with_buffers=True)
 
     def _remove_earlier(self, path: Path, weights: Weights) -> None:
@@ -149,24 +150,36 @@ class _FileKeys:
     """In place of the module's `on_save_checkpoint`: both copies under Lightning's keys, each edited by the module."""
 
     unedited: Callable[..., Any]
-    average: ShardedAverage
+    weights: Weights
     weights_only: bool
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Collective: all ranks must call. Averages are on rank 0, which is the one that writes."""
-        raw, average = checkpoint["state_dict"], self.average
-        with torch.inference_mode(False), average.summon_full_params() as full:
-            state = {key: full.get(clean(key), value) for key, value in raw.items()}
+        raw, average, main = checkpoint["state_dict"], self.weights.average, self.weights.main
+        manifest, started, state = average.manifest(), self.weights.started, dict(raw)
+        with torch.inference_mode(False):
+            if main in started:
+                with average.summon_full_params(main) as full:
+                    state = {key: full.get(clean(key), value) for key, value in raw.items()}
+            others = self._beside(started, manifest)
         averaged = {**containers_copied(checkpoint), "state_dict": state}
         self.unedited(checkpoint)
         self.unedited(averaged)  # on every rank, also where the state is empty: the hook may communicate
         raw, checkpoint["state_dict"] = checkpoint["state_dict"], averaged["state_dict"]
+        n_averaged = manifest.averages[main].n_averaged
         if self.weights_only:
-            checkpoint[KEY] = {"manifest": None, "weights": "average", "n_averaged": average.n_averaged}
+            checkpoint[KEY] = {"manifest": None, "weights": "average", "n_averaged": n_averaged}
         else:
             checkpoint["current_model_state"] = raw
-            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(average.n_averaged)}
-            checkpoint[KEY] = {"manifest": average.manifest().to_json()}
+            checkpoint["averaging_state"] = {"n_averaged": torch.tensor(n_averaged)}
+            checkpoint[KEY] = {"manifest": manifest.to_json()} | ({"main": main, "averages": others} if others else {})
+
+    def _beside(self, started: list[str], manifest: Manifest) -> dict[str, dict[str, Tensor]]:
+        """Collective: all ranks must call. What is kept beside the main average; nothing with weights only."""
+        main = self.weights.main
+        names = [name for name in started if name != main or manifest.averages[name].snapshots]
+        found = self.weights.average.gather_full(names) if names and not self.weights_only else {}
+        return {column: full for column, full in found.items() if column != main}
 
 
 def containers_copied(value: Any) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import SWA, AbstractRule, ConfigError, CustomRule
-from ..integration import AverageDtype, AvgFn, MultiAvgFn, as_dtype
+from .. import SWA, AbstractRule, ConfigError, CustomRule, Snapshots
+from ..integration import AverageDtype, AvgFn, MultiAvgFn, as_dtype, as_rules
 
-_SETTINGS = {"evaluate_with": ("average", "raw", "both"), "end_with": ("average", "raw")}
+_EVALUATIONS = ("average", "raw", "both", "all")
 
 
 class Included:
@@ -24,17 +25,55 @@ class Included:
         return name in self._saved or bool(chosen)
 
 
-def one_rule(rule: AbstractRule | None, avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None) -> AbstractRule:
-    """The rule that the arguments mean; the equal-weight mean if there are none."""
+def rules_of(
+    rule: AbstractRule | Mapping[str, AbstractRule] | None, avg_fn: AvgFn | None, multi_avg_fn: MultiAvgFn | None
+) -> dict[str, AbstractRule]:
+    """The rules that the arguments mean, by name; the equal-weight mean if there are none."""
     given = {"rule": rule, "avg_fn": avg_fn, "multi_avg_fn": multi_avg_fn}
     chosen = [name for name, value in given.items() if value is not None]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} were given: each says how to average, so give one of them")
-    if rule is not None and not isinstance(rule, AbstractRule):
+    if rule is None:
+        return as_rules(CustomRule(avg_fn=avg_fn, multi_avg_fn=multi_avg_fn) if chosen else SWA())
+    if not isinstance(rule, (AbstractRule, Mapping)):
         raise ConfigError(f"rule={rule!r}: give a rule such as EMA(decay=0.999), or a function as avg_fn")
-    if rule is not None:
-        return rule
-    return CustomRule(avg_fn=avg_fn, multi_avg_fn=multi_avg_fn) if chosen else SWA()
+    rules = as_rules(rule)
+    for name in rules:
+        if name == "raw" or (name == "average" and len(rules) > 1):
+            raise ConfigError(f"rule={{{name!r}: ...}}: {name!r} is a word of evaluate_with and end_with; take another")
+    return rules
+
+
+def end_of(end_with: str, rules: Mapping[str, AbstractRule]) -> tuple[str, bool]:
+    """The average that is meant where one only can be, and whether the model has it at the end."""
+    if end_with in rules or end_with in ("average", "raw"):
+        return end_with if end_with in rules else next(iter(rules)), end_with != "raw"
+    words = ["average", "raw", *(name for name in rules if name != "average")]
+    raise ConfigError(f"end_with={end_with!r}: must be one of {', '.join(map(repr, words))}")
+
+
+def evaluation(evaluate_with: str) -> str:
+    """What an evaluation looks at."""
+    if evaluate_with not in _EVALUATIONS:
+        raise ConfigError(f"evaluate_with={evaluate_with!r}: must be one of {', '.join(map(repr, _EVALUATIONS))}")
+    return evaluate_with
+
+
+def snapshots_of(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The arguments of `Snapshots`, without the average."""
+    if settings is None:
+        return None
+    try:
+        found = dict(settings)
+        if isinstance(dtype := found.get("dtype"), str):
+            found["dtype"] = dtype_of(dtype)
+        Snapshots(None, **found)  # type: ignore[arg-type]  # looks at the settings only
+    except TypeError as error:
+        raise ConfigError(
+            f"snapshots={settings!r}: give the arguments of sharded_avg.Snapshots but for the average, for example "
+            f'{{"folder": "run/snapshots", "every_steps": 1000, "keep_last": 5}} ({error})'
+        ) from error
+    return found
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> AverageDtype:
@@ -43,13 +82,6 @@ def dtype_of(dtype: torch.dtype | str | None) -> AverageDtype:
         found = getattr(torch, dtype.removeprefix("torch."), None)
         return as_dtype(found if isinstance(found, torch.dtype) else dtype)  # type: ignore[arg-type]
     return as_dtype(dtype)  # type: ignore[arg-type]
-
-
-def one_of(name: str, value: str) -> str:
-    """The value of a setting that has a list of them."""
-    if value not in _SETTINGS[name]:
-        raise ConfigError(f"{name}={value!r}: must be one of {', '.join(map(repr, _SETTINGS[name]))}")
-    return value
 
 
 def count(name: str, value: int | None) -> int | None:

@@ -87,6 +87,11 @@ def job_group(trainer: Any) -> dist.ProcessGroup | None:
     return dist.group.WORLD if trainer.world_size > 1 and dist.is_initialized() else None
 
 
+def spans_rank_0(group: dist.ProcessGroup | None) -> bool:
+    """Whether this rank is of the part of the job that rank 0 is of: a mesh may have the model once more elsewhere."""
+    return group is None or 0 in dist.get_process_group_ranks(group)
+
+
 def evaluation_loops(trainer: Any) -> list[Any]:
     """The loops that validate and test, during fit and alone."""
     fit_loop = need(need(trainer.fit_loop, "epoch_loop"), "val_loop")

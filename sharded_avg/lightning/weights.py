@@ -17,7 +17,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import nn
 
-from .. import ShardedAverage
+from .. import ShardedAverage, Snapshots
 from ..integration import RawWeights, size_of
 
 
@@ -29,12 +29,17 @@ class _Block:
 
 
 class Weights:
-    """The weights of one model, and its average."""
+    """The weights of one model, and its averages; `main` is the one that training ends with.
 
-    def __init__(self, average: ShardedAverage, model: nn.Module) -> None:
-        self.average = average
+    `snapshots`: where they are saved in the course of training, if they are.
+    """
+
+    def __init__(self, average: ShardedAverage, main: str, model: nn.Module) -> None:
+        self.average, self.main = average, main
+        self.snapshots: Snapshots | None = None
         self._model = ref(model)
         self._swap: AbstractContextManager[bool] | None = None
+        self._in_swap = main  # which average that swap is of
         self._kept: RawWeights | None = None
         self._raws: WeakSet[_Block] = WeakSet()  # the block of `raw()`, if we are in one
         self._moves: WeakSet[_Block] = WeakSet()  # those in which values are on their way, one inside the other
@@ -46,6 +51,13 @@ class Weights:
         return self._swap is not None or self._kept is not None
 
     @property
+    def started(self) -> list[str]:
+        """The averages that have had an update."""
+        if not self.average.n_averaged:
+            return []
+        return [name for name, record in self.average.manifest().averages.items() if record.n_averaged]
+
+    @property
     def is_moving(self) -> bool:
         """Whether values are on their way: a signal handler that saves must wait."""
         return len(self._moves) > 0
@@ -54,15 +66,15 @@ class Weights:
         """Whether the average was built for `model`, as it is wrapped now."""
         return self._model() is model
 
-    def enter(self) -> None:
-        """Collective: all ranks must call. Evaluate the average, if there is one, until `leave`."""
-        if self.exchanged:
+    def enter(self, name: str) -> None:
+        """Collective: all ranks must call. Evaluate this average, if there is one, until `leave`."""
+        if self._swap is not None or (self._kept is not None and not self._raws):  # finished, and it is in the model
             return
         with self._moving():
-            swap = self.average.swapped()
+            swap = self.average.swapped(name)
             try:
                 swap.__enter__()
-                self._swap = swap
+                self._swap, self._in_swap = swap, name
             except BaseException as error:  # an interruption may come when the exchange is done
                 self._swap = None
                 swap.__exit__(type(error), error, error.__traceback__)
@@ -83,12 +95,12 @@ class Weights:
 
     def finish(self) -> None:
         """Collective: all ranks must call. Make the average the model's own, if there is one."""
-        if not self.average.n_averaged or self._kept is not None:
+        if self._kept is not None or self.main not in self.started:
             return
         with self._moving(), torch.inference_mode(False):
-            self._kept = self.average.raw_weights()
+            self._kept = self.average.raw_weights(self.main)
             try:
-                self.average.copy_to_model(undo=self._kept)
+                self.average.copy_to_model(self.main, undo=self._kept)
             except BaseException:  # undone
                 self._kept = None
                 raise
@@ -133,14 +145,14 @@ class Weights:
 
         After an error they stay if there are other ranks: those may be anywhere, and exchanging is collective.
         """
-        if (outer := next(iter(self._raws), None)) is not None:  # a signal handler saves while something is saved
+        was_swapped, outer = self._swap is not None, next(iter(self._raws), None)
+        if outer is not None and not was_swapped:  # a signal handler saves while something is saved
             yield outer.is_raw
             return
-        was_swapped = self._swap is not None
         block = _Block()
         with self._moving():
             self.leave()
-            block.is_raw = self._restored()
+            block.is_raw = self._restored() if outer is None else outer.is_raw
             self._raws.add(block)
         try:
             yield block.is_raw
@@ -157,7 +169,7 @@ class Weights:
 
     def _go_back(self, was_swapped: bool, is_raw: bool) -> None:
         if was_swapped:
-            self.enter()
+            self.enter(self._in_swap)
         elif self._kept is not None and is_raw:
             with self._moving(), torch.inference_mode(False):
-                self.average.copy_to_model(undo=self._kept)
+                self.average.copy_to_model(self.main, undo=self._kept)

@@ -134,7 +134,7 @@ class Checkpoints:
         """Local."""
         self._state.refuse_while_swapped("load_full()")
         loading = Loading(self._state, manifest, result := self._fit(manifest, strict))
-        loading.fill(lambda name, shard: take(full[name][shard.name], shard.region))
+        loading.fill(lambda column, shard: take(full[column][shard.name], shard.region), full.keys())
         loading.take_over()
         return result
 

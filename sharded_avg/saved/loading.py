@@ -6,7 +6,7 @@ every value is there; until then nothing of it has changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class Loading:
         self._state = state
         self._left_out = {*result.missing_keys, *result.misfits}
         self.incoming = Incoming(state) if incoming is None else incoming
-        self._has_snapshots = True
+        self._kept: Collection[str] | None = None  # the snapshots that are at hand, "NAME/AGE"; `None` is all
         present = state.store
         records = manifest.averages
         self.started = [name for name in present.names if name in records and records[name].n_averaged]
@@ -53,12 +53,17 @@ class Loading:
                             kept = self.incoming.view(column, shard.name)
                             window(kept, patch).copy_(folder.read(f"{name}/{age}.{shard.name}", patch.box))
 
-    def fill(self, value_of: Callable[[str, Shard], Tensor]) -> None:
-        """Copy this rank's pieces: `value_of(average, shard)`, shaped like the shard. There are no snapshots."""
-        self._has_snapshots = False
+    def fill(self, value_of: Callable[[str, Shard], Tensor], kept: Collection[str] = ()) -> None:
+        """Copy this rank's pieces: `value_of(column, shard)`, shaped like the shard.
+
+        Columns are averages, and those snapshots of them, "NAME/AGE", that are in `kept`.
+        """
+        self._kept = kept
         for name in self.started:
+            columns = [(name, name), *((f"{name}/{age}", column) for age, column in self._snapshots(name))]
             for shard in self._wanted():
-                self.incoming.view(name, shard.name).copy_(value_of(name, shard))
+                for theirs, column in columns:
+                    self.incoming.view(column, shard.name).copy_(value_of(theirs, shard))
 
     def fill_from(self, store: Store) -> None:
         """Copy what lies in another store, snapshots too."""
@@ -75,7 +80,8 @@ class Loading:
         ring = self.incoming.store.rings.get(name)
         if ring is None:
             return []
-        return [(age, ring.column(age)) for age in range(min(ring.size, self.manifest.averages[name].snapshots))]
+        ages = range(min(ring.size, self.manifest.averages[name].snapshots))
+        return [(age, ring.column(age)) for age in ages if self._kept is None or f"{name}/{age}" in self._kept]
 
     def _wanted(self) -> list[Shard]:
         return [shard for shard in self._state.members.averaged if shard.name not in self._left_out]
@@ -84,6 +90,6 @@ class Loading:
         """Every value is there: from now on the state has these averages."""
         for name in self.started:
             if name in self.incoming.store.rings:
-                self.incoming.store.begin_ring(name, len(self._snapshots(name)) if self._has_snapshots else 0)
+                self.incoming.store.begin_ring(name, len(self._snapshots(name)))
         histories = {name: record.history for name, record in self.manifest.averages.items()}
         self._state.replace(self.incoming.store, histories, self.manifest.step)

@@ -140,7 +140,7 @@ def test_snippets(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that wants a GPU is stood in for by one device: tests/lightning runs each of them."""
     from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
     from torch.utils.data import DataLoader
 
     class Module(LightningModule):
@@ -175,6 +175,7 @@ def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     names = reader() | {
         "module": Module(),
         "Trainer": trainer,
+        "EarlyStopping": EarlyStopping,
         "ModelCheckpoint": partial(ModelCheckpoint, dirpath="."),
     }
     names["FSDPStrategy"] = lambda **_: None
@@ -183,12 +184,12 @@ def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for block in [*lines, *(block for block in BLOCKS if block.page == FOR_LIGHTNING)]:
         if "fabric" in block.code:
             _of_fabric(names)
-        if block.page == FOR_LIGHTNING and "best.ckpt" in block.code and not Path("best.ckpt").exists():
-            names["trainer"].save_checkpoint("best.ckpt")
-            names["trainer"].save_checkpoint("last.ckpt")
         if "max_epochs=20" in block.code:
             block = block._replace(code=block.code.replace("max_epochs=20", "max_epochs=2"))
         run(block, names)
+        if block.page == FOR_LIGHTNING and "trainer" in names and not Path("best.ckpt").exists():
+            names["trainer"].save_checkpoint("best.ckpt")
+            names["trainer"].save_checkpoint("last.ckpt")
 
 
 @on_ranks(2)

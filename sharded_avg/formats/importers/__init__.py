@@ -85,6 +85,15 @@ class Found:
         """The importer's name, as `--from` takes it."""
         return self.importer.format
 
+    @property
+    def names(self) -> list[str]:
+        """Of the averages, the one that `open` gives first, where the file has several of them by name."""
+        return list(self.importer.named(self.content))
+
+    def open_named(self, name: str) -> AbstractSource:
+        """The one of these names."""
+        return self.importer.average_of(self.content, name)
+
     def open(self, names: Names | None = None) -> AbstractSource:
         """The averaged tensors under the model's own names.
 

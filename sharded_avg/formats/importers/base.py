@@ -141,6 +141,14 @@ class AbstractImporter(ABC):
         Raises `CheckpointError` if the file holds no average yet, or not a whole one.
         """
 
+    def named(self, content: Content) -> Mapping[str, str]:
+        """Where a format keeps several averages by name: the prefix of each, that of `average` first."""
+        return {}
+
+    def average_of(self, content: Content, name: str) -> AbstractSource:
+        """As `average`, of one of those that are `named`."""
+        return self.found(content, content.under(self.named(content)[name]))
+
     def found(self, content: Content, flats: Mapping[str, str], **facts: Any) -> AbstractSource:
         """The tensors that `flats` maps to their flat names, under names without wrappers."""
         if not flats:

@@ -38,6 +38,19 @@ class LightningImporter(AbstractImporter):
         beside = is_state(content.at("current_model_state")) and isinstance(content.at("averaging_state"), dict)
         return ["state_dict."] if is_state(content.at("state_dict")) and (is_ours or beside) else []
 
+    def named(self, content: Content) -> dict[str, str]:
+        """Our callback's, where it keeps several: `state_dict` is the one that training ends with."""
+        main, kept = content.at(f"{METADATA_KEY}.main"), content.at(f"{METADATA_KEY}.averages")
+        if not isinstance(main, str) or not isinstance(kept, dict):
+            return {}
+        others = [name for name in kept if "/" not in str(name)]  # and not the snapshots of one
+        return {main: "state_dict.", **{str(name): f"{METADATA_KEY}.averages.{name}." for name in others}}
+
+    def average_of(self, content: Content, name: str) -> AbstractSource:
+        """That one; what is not averaged is as in `state_dict`."""
+        rest = {clean(key): path for key, path in content.under("state_dict.").items()}
+        return self.found(content, rest | content.under(self.named(content)[name]))
+
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         where = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
         n_averaged = self.started(content, content.number(f"{where}.n_averaged"))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sharded_avg import EMA, ShardedAverage, SwapError
+from sharded_avg import EMA, PeerError, Schedule, ShardedAverage, SwapError
 from sharded_avg.evaluation.replicas import Differing
 from tests.helpers.engines import ENGINES
 from tests.helpers.pool import on_ranks
@@ -41,7 +41,13 @@ def test_ddp() -> None:
     """Every rank has all weights; averages are in parts, which nobody else has."""
     average = begun("ddp")
     stray(dict(average._state.layout.replicas())["back.bias"])
-    assert average.check_replicas() == [Differing("weights", "back.bias", (STRAY,))]
+    found = [Differing("weights", "back.bias", (STRAY,))]
+    assert average.check_replicas() == found
+    assert average.check_replicas(schedule=Schedule(every_steps=3)) == []  # after 2 steps
+    assert average.check_replicas(schedule=Schedule(every_steps=2)) == found
+    mine = dist.get_rank() == STRAY
+    with pytest.raises(ZeroDivisionError if mine else PeerError):
+        average.check_replicas(schedule=(lambda step: bool(step // 0)) if mine else Schedule())
     with average.summon_full_params("short"):
         pass
 

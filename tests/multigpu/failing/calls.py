@@ -244,6 +244,7 @@ CALLS = {
     "summon on all": Call("summon_full_params", _summon, _options(rank0_only=False)),
     "writeback": Call("summon_full_params", _writeback),
     "writeback from all": Call("summon_full_params", _writeback, _options(rank0_only=False)),
+    "gather_full": Call("gather_full", lambda r: sorted(r.average.gather_full())),
     "save": Call("save", lambda r: r.average.save(r.path, **r.options), _fresh_path),
     "save with buffers": Call("save", lambda r: r.average.save(r.path, with_buffers=True), _fresh_path),
     "async_save": Call("async_save", lambda r: r.average.async_save(r.path).result(), _fresh_path),

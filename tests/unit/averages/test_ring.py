@@ -51,6 +51,9 @@ class Run:
             return [full[str(index)] for index in range(len(self.model))]
 
 
+BF16 = torch.bfloat16
+
+
 def mean_of(snapshots: list[list[Tensor]], kept: torch.dtype = torch.float32) -> list[Tensor]:
     """By plain calls: each as it was kept, oldest first."""
     means = []
@@ -143,6 +146,23 @@ def test_saved_midway(tmp_path: Path, before, kept):
         assert same(folder.step().values(), expected)
         assert same(user.step().values(), expected)
     assert same(expected, mean_of(long.seen[-3:], kept or torch.float32))
+
+
+def test_full_tensors_midway():
+    """`gather_full` has the snapshots, and `load_full` takes them back; without them the average stands for each."""
+    first = Run({"window": LAWA(last=3, dtype=torch.bfloat16), "late": LAWA(last=2, every=50)}).step(5)
+    full = first.average.gather_full()
+    assert list(full) == ["window", "window/0", "window/1", "window/2"]
+    assert [kept["0"].dtype for kept in full.values()] == [torch.float32, *[torch.bfloat16] * 3]
+    for age in range(3):
+        assert same([full[f"window/{age}"][str(i)].float() for i in range(4)], mean_of([first.seen[4 - age]], BF16))
+    assert list(first.average.gather_full(["late"])) == []
+    second, third = first.like(), first.like()
+    second.average.load_full(full, first.average.manifest())
+    third.average.load_full({"window": full["window"]}, first.average.manifest())
+    mean = third.values("window")
+    assert same(second.step().values("window"), first.step().values("window"))
+    assert same(third.step().values("window"), mean_of([mean, mean, third.seen[-1]], BF16))
 
 
 def test_taken_over():
