@@ -109,12 +109,12 @@ def plot(args: argparse.Namespace, points: list[Point], best: Point, raw: float,
     axes.plot([best.sigma_rel], [best.loss], marker="*", markersize=14, linestyle="", label="best")
     for width in SAVED.values():
         axes.axvline(width, color="lightgrey", zorder=0)
-    saved = " and ".join(map(str, SAVED.values()))
-    title = f"One run of {args.steps} steps, averages of sigma_rel {saved} saved {NUM_SAVES} times"
+    saved = " and ".join(f"{width:.2f}" for width in SAVED.values())
+    title = f"{args.steps} steps, trained once; saved {NUM_SAVES} times: sigma_rel {saved}"
     axes.set(title=title, xlabel="sigma_rel", ylabel="validation loss (nats per byte)")
     axes.legend()
-    path = args.out / "sigma_rel.svg"
-    figure.savefig(path, metadata={"Date": None})
+    path = args.out / "sigma_rel.png"
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return f"picture: {path}"
 

@@ -109,7 +109,7 @@ def fit_several(tmp_path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-@among("single", "fsdp2", "deepspeed_2", further=["ddp", "fsdp_full", "fsdp_sharded", "fsdp_by_hand", "deepspeed_3"])
+@among("single", "fsdp2", further=["ddp", "fsdp_full", "fsdp_sharded", "fsdp_by_hand", "deepspeed_2", "deepspeed_3"])
 def test_several_averages(name: str, tmp_path: Path) -> None:
     """Metrics, monitors, checkpoints, a resumed run, and the end: each average by its name, all equal to formulas."""
     steps = [step for step in AT if step > NUM_BATCHES]
@@ -161,7 +161,7 @@ def fit_with_snapshots(tmp_path: Path, name: str) -> dict[str, Any]:
     return {"folders": seen[0], "saved": mixed, "error": found.error}
 
 
-@among("single", "fsdp2", further=["ddp", "fsdp_sharded", "deepspeed_2", "deepspeed_3"])
+@among("single", further=["ddp", "fsdp2", "fsdp_sharded", "deepspeed_2", "deepspeed_3"])
 def test_snapshots(name: str, tmp_path: Path) -> None:
     """Saved while training goes on, on their own schedule; those that are kept are the averages of their steps."""
     for found in run(name, fit_with_snapshots, tmp_path, name=name):

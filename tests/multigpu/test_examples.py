@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -151,6 +152,23 @@ def test_which_rule():
     which_rule = import_example("which_rule")
     names = [name.replace("@", ".") for name in (*which_rule.whole_run(8), *which_rule.last_part(8))]
     assert all(done.stdout.count(f" {name} ") == len(which_rule.RATES) for name in names)
+
+
+@pytest.mark.further
+def test_posthoc_text(tmp_path: Path) -> None:
+    """Each width is tried; what is mixed for the width that was kept as well has its loss; the best is in the file."""
+    out, posthoc = tmp_path / "out", import_example("posthoc_text")
+    job = run_example(out, "--steps", "32", script=EXAMPLES / "posthoc_text.py")
+    assert job.code == 0, job.output
+    losses = dict(re.findall(r"^ +(0\.\d{3}) +(\d\.\d{4}) +\d+\.\d\d %", job.output, re.MULTILINE))
+    assert [float(width) for width in losses] == list(posthoc.SWEEP)
+    ((kept, mixed),) = re.findall(rf"kept at {posthoc.CHECKED}: (\S+); mixed out of the saves: (\S+)", job.output)
+    assert float(kept) == pytest.approx(float(mixed), abs=0.05)
+    model = posthoc.GPT(posthoc.SHAPE)
+    model.load_state_dict(torch.load(out / "best.pt", weights_only=True))
+    batches = posthoc.validation_batches(posthoc.split()[1], posthoc.SHAPE.context, 64, 4)
+    assert posthoc.validation_loss(model, batches) == pytest.approx(min(map(float, losses.values())), abs=1e-4)
+    assert len(list((out / "snapshots").iterdir())) == posthoc.NUM_SAVES
 
 
 @pytest.mark.further
