@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 import sharded_avg
-from sharded_avg import EMA, ShardedAverage, averaged_buffers, refreshed_batch_norm
+from sharded_avg import EMA, PowerAverage, ShardedAverage, averaged_buffers, refreshed_batch_norm
 from tests.helpers.engines import ENGINES, Engine
 from tests.helpers.models import batch
 
@@ -174,6 +174,18 @@ def _saved_by_dcp(request: Request) -> None:
     dist.barrier()
 
 
+def _series(request: Request) -> None:
+    request.path = request.subject.folder / "series"
+    dist.barrier()
+    if not request.path.exists():
+        rules = {"wide": PowerAverage.from_sigma_rel(0.2), "narrow": PowerAverage.from_sigma_rel(0.1)}
+        average = ShardedAverage(request.model, rules)
+        for _step in range(3):
+            average.update(unscheduled=True)
+        average.save(request.path / "one")
+    dist.barrier()
+
+
 def _other(request: Request) -> None:
     request.given = request.subject.ahead()
 
@@ -250,6 +262,9 @@ CALLS = {
     "async_save": Call("async_save", lambda r: r.average.async_save(r.path).result(), _fresh_path),
     "load": Call("load", _load, _saved),
     "load what fits": Call("load", lambda r: r.average.load(r.path, strict=False) and None, _saved),
+    "load_posthoc": Call(
+        "load_posthoc", lambda r: r.average.load_posthoc(r.path, sigma_rel=0.14, name=r.name), _series
+    ),
     "take_from": Call("take_from", lambda r: r.average.take_from(r.given), _other),
     "refreshed_batch_norm": Call("refreshed_batch_norm", _batch_norm, _batches),
     "averaged_buffers": Call("averaged_buffers", _buffers),

@@ -126,15 +126,25 @@ def _frozen(request: Request, undo: ExitStack) -> None:
 NAMED = ("swapped", "distance", "raw_weights", "copy_to_model", "summon", "writeback")
 COUNTED = (*NAMED, "summon on all", "save", "save with buffers", "async_save")
 AVERAGES = (*COUNTED, "load", "take_from")
-NOT_SWAPPED = ("swapped", "distance", "raw_weights", "copy_to_model", "restore_raw", "writeback", "load", "take_from")
+NOT_SWAPPED = (
+    "swapped",
+    "distance",
+    "raw_weights",
+    "copy_to_model",
+    "restore_raw",
+    "writeback",
+    "load",
+    "take_from",
+    "load_posthoc",
+)
 WRITTEN = ("writeback", "writeback from all")
-PATHS = ("save", "save with buffers", "async_save", "load", "load what fits")
+PATHS = ("save", "save with buffers", "async_save", "load", "load what fits", "load_posthoc")
 SAVES = ("save", "save with buffers", "async_save")
 
 WAYS = {
     "asked": {
-        "an unknown name": Way(NAMED, _with(name="nobody"), "ConfigError"),
-        "a name of another type": Way(NAMED, _with(name=["average"])),
+        "an unknown name": Way((*NAMED, "load_posthoc"), _with(name="nobody"), "ConfigError"),
+        "a name of another type": Way((*NAMED, "load_posthoc"), _with(name=["average"])),
         "no path": Way(PATHS, _with(path=None)),
         "a path of another type": Way(PATHS, _with(path=[3])),
         "a path that cannot be": Way(PATHS, _with(path="/tmp/a\0b")),
