@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -348,7 +347,7 @@ class ShardedAverage:
 
         Raises `CheckpointError`, and changes nothing, if nothing fits, and `ConfigError` for a width that there is not.
         """
-        return load_posthoc(self._state, Path(path), sigma_rel, name, step)
+        return load_posthoc(self._state, path, sigma_rel, name, step)
 
     def load_full(
         self, full: Mapping[str, Mapping[str, Tensor]], manifest: Manifest, *, strict: bool = True

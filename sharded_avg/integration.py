@@ -15,7 +15,7 @@ tests/unit/test_architecture.py holds it to: so it can be read what a change ins
 from .averages.arguments import as_buffers, as_dtype, as_rules
 from .averages.store import AverageDtype
 from .formats.importers import find_importer
-from .ranks import all_or_none, everyone, gather_objects, meeting, rank_in, rendezvous, size_of
+from .ranks import all_or_none, everyone, gather_objects, rank_in, rendezvous, size_of
 from .rules.custom import AvgFn, MultiAvgFn
 from .saved.folder.place import place_of
 from .saved.manifest import Manifest
@@ -44,7 +44,6 @@ __all__ = [
     "everyone",
     "find_importer",
     "gather_objects",
-    "meeting",
     "place_of",
     "rank_in",
     "read_manifest",

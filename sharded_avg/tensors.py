@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import compress
+from operator import add, and_, attrgetter, eq
 
 import torch
 from torch import Tensor
@@ -118,13 +120,12 @@ def _continues(left: Tensor, right: Tensor) -> bool:
 
 def coalesce(rows: Sequence[Row]) -> list[Row]:
     """Join neighbouring rows whose tensors all lie one after the other in memory; empty rows vanish."""
-    flat = [row for row in map(flatten, rows) if row[0].numel()]
-    # Addresses first, for neighbours in memory are rare where rows are many and small.
-    starts = [[tensor.data_ptr() for tensor in row] for row in flat]
-    ends = [[start + t.nbytes for start, t in zip(at, row, strict=True)] for at, row in zip(starts, flat, strict=True)]
+    flat = _flattened(rows)
+    touching = _touching(flat)
+    if not any(touching):  # as most often where rows are many
+        return flat
     groups: list[list[Row]] = []
-    for index, row in enumerate(flat):
-        touches = index and ends[index - 1] == starts[index]
+    for index, (row, touches) in enumerate(zip(flat, touching, strict=True)):
         if touches and all(_continues(a, b) for a, b in zip(flat[index - 1], row, strict=True)):
             groups[-1].append(row)
         else:
@@ -136,6 +137,35 @@ def coalesce(rows: Sequence[Row]) -> list[Row]:
             group[0] = tuple(t.as_strided((numel,), (1,)) for t in group[0])
         joined.append(group[0])
     return joined
+
+
+# The next two go through columns, in loops that run in C: rows may be thousands, each of a few elements.
+
+
+def _flattened(rows: Sequence[Row]) -> list[Row]:
+    """`flatten` of each, without the empty ones."""
+    if not rows:
+        return []
+    first, *others = zip(*rows, strict=True)
+    full = compress(rows, map(Tensor.numel, first))
+    if not all(all(map(Tensor.is_contiguous, column)) for column in (first, *others)):
+        return list(map(flatten, full))
+    dims = compress(map(Tensor.dim, first), map(Tensor.numel, first))
+    return [
+        row if dim == 1 else tuple([tensor.view(-1) for tensor in row]) for row, dim in zip(full, dims, strict=True)
+    ]
+
+
+def _touching(rows: Sequence[Row]) -> list[bool]:
+    """Of each row, whether its tensors begin where those of the row before it end."""
+    touching = [index > 0 for index in range(len(rows))]
+    for column in zip(*rows, strict=True):
+        starts = list(map(Tensor.data_ptr, column))
+        ends = map(add, starts, map(attrgetter("nbytes"), column))
+        touching[1:] = map(and_, touching[1:], map(eq, starts[1:], ends))
+        if not any(touching):
+            break
+    return touching
 
 
 def split(row: Row, limit: int) -> Iterator[Row]:
@@ -155,10 +185,9 @@ def pack(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
     """Group rows into lists of at most `limit` elements together, cutting long rows."""
     batch: list[Row] = []
     size = 0
-    for whole in rows:
-        numel = whole[0].numel()
-        for row in (whole,) if numel <= limit else split(whole, limit):
-            numel = row[0].numel()
+    for whole, whole_numel in zip(rows, [row[0].numel() for row in rows], strict=True):
+        for row in (whole,) if whole_numel <= limit else split(whole, limit):
+            numel = whole_numel if row is whole else row[0].numel()
             if size + numel > limit:
                 yield batch
                 batch, size = [], 0

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import ConfigError
-from ..ranks import accelerator, everyone, interruptible, meeting, uninterrupted
+from ..ranks import accelerator, all_or_none, everyone, interruptible, uninterrupted
 from .kept import Kept, require_module
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # private, but the one class of all kinds, as in torch's own update_bn
@@ -54,7 +54,7 @@ def refreshed_batch_norm(
     kept = Kept()
     with uninterrupted():
         try:
-            with meeting(everyone(group), "recomputing BatchNorm statistics"):
+            with all_or_none(everyone(group), "recomputing BatchNorm statistics"):
                 require_module(model)
                 layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
                 kept.buffers(layers)

@@ -28,6 +28,11 @@ class _Within(NamedTuple):
     shards: list[Shard]  # all that were live
     averaged: list[Shard]
 
+    def give_back(self) -> None:
+        """The raw weights, whether or not the average is there. Local."""
+        self.exchange.leave()
+        self.versions.leave()
+
 
 @contextmanager
 def swapped(state: State, name: str | None) -> Iterator[bool]:
@@ -56,46 +61,62 @@ def swapped(state: State, name: str | None) -> Iterator[bool]:
 @torch.inference_mode(False)  # scratch that is made under inference mode could not be written after it
 @torch.no_grad()
 def _entered(state: State, name: str | None) -> tuple[str, _Within | None]:
-    """Collective: all ranks must call. Exchange on every rank, or on none; nothing, if there is no average yet."""
-    layout, exchange, doing = state.layout, None, "swapping the average in"
-    with equal_replicas(layout, doing) as part:
-        part.asked = state.asks(f"swapped({name!r})")
-        state.refuse_while_swapped("swapped()")
-        name = state.resolve(name)
-        if state.histories[name].n_averaged:
-            layout.release()
-            state.arrange()
-            with names.collector_paused():
-                exchange = Exchange(_pairs(state, name))
-            versions = Versions(layout.model)
-    if exchange is None:
-        return name, None
-    within = _Within(exchange, versions, state.members.all, state.members.averaged)
+    """Collective: all ranks must call. Exchange on every rank, or on none; nothing, if there is no average yet.
+
+    Where nothing is published, ranks meet once. If one has failed by then, the others give back what they have.
+    """
+    layout, within, doing = state.layout, None, "swapping the average in"
     try:
-        with all_or_none(state.group, doing):
-            exchange.enter()
-        layout.has_stale_replicas = layout.publishes
-        layout.publish()
-        with all_or_none(state.group, doing):
-            versions.enter()
-        layout.has_stale_replicas = False
+        with equal_replicas(layout, doing) as part:
+            part.asked = state.asks(f"swapped({name!r})")
+            state.refuse_while_swapped("swapped()")
+            name = state.resolve(name)
+            if state.histories[name].n_averaged:
+                layout.release()
+                state.arrange()
+                with names.collector_paused():
+                    exchange, versions = Exchange(_pairs(state, name)), Versions(layout.model)
+                within = _Within(exchange, versions, state.members.all, state.members.averaged)
+                if not layout.publishes:
+                    exchange.enter()
+                    versions.enter()
     except BaseException as error:
-        _give_back(state, within, error)
+        if within is not None and not layout.publishes:
+            try:
+                within.give_back()
+            except BaseException as failure:
+                _note(error, failure)
         raise
+    if within is not None and layout.publishes:
+        _publish_averages(state, within, doing)
     return name, within
 
 
-def _give_back(state: State, within: _Within, error: BaseException) -> None:
-    """Collective: all ranks must call. The raw weights again, after a failure that all ranks know of."""
+def _publish_averages(state: State, within: _Within, doing: str) -> None:
+    """Collective: all ranks must call. Each rank's part of the average, in the replicas of all."""
+    layout = state.layout
     try:
-        with all_or_none(state.group, "bringing raw weights back", left="Its own are back", to_its_end=True):
-            within.exchange.leave()
-            within.versions.leave()
-        if state.layout.has_stale_replicas:
-            state.layout.publish()
-            state.layout.has_stale_replicas = False
-    except BaseException as failure:
-        add_note(error, f"bringing the raw weights back failed, too: {failure!r}")
+        with all_or_none(state.group, doing):
+            within.exchange.enter()
+        layout.has_stale_replicas = True
+        layout.publish()
+        with all_or_none(state.group, doing):
+            within.versions.enter()
+        layout.has_stale_replicas = False
+    except BaseException as error:  # which all ranks know of
+        try:
+            with all_or_none(state.group, "bringing raw weights back", left="Its own are back", to_its_end=True):
+                within.give_back()
+            if layout.has_stale_replicas:
+                layout.publish()
+                layout.has_stale_replicas = False
+        except BaseException as failure:
+            _note(error, failure)
+        raise
+
+
+def _note(error: BaseException, failure: BaseException) -> None:
+    add_note(error, f"bringing the raw weights back failed, too: {failure!r}")
 
 
 def _pairs(state: State, name: str) -> list[Pair]:

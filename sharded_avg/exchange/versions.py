@@ -39,6 +39,9 @@ class Versions:
 
     def leave(self) -> None:
         """The raw weights are back. What was written to keeps its version: it may be a weight that was not swapped."""
+        if not self._written:
+            _set(self._counted, self._before)
+            return
         pairs = zip(self._counted, self._before, strict=True)
         kept = [(parameter, version) for parameter, version in pairs if id(parameter) not in self._written]
         _set([parameter for parameter, _ in kept], [version for _, version in kept])

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from operator import add, attrgetter
 from typing import NamedTuple
 
 import torch
@@ -45,11 +47,6 @@ class Pair(NamedTuple):
     average: Tensor
     master: Tensor | None  # the engine's copy that `target` was cast from
     volatile: bool  # forward may change it
-
-    @property
-    def in_place(self) -> bool:
-        """Whether, while swapped, the average lies in `target` and not in `average`."""
-        return self.master is None and not self.volatile and self.target.dtype == self.average.dtype
 
 
 class Way(ABC):
@@ -74,13 +71,13 @@ class Column:
     def __init__(self, parts: list[Tensor], whole: Tensor | None = None) -> None:
         """`whole`: the 1-D tensor that the parts are, one after the other."""
         self.parts, self.whole = parts, _joined(parts) if whole is None else whole
-        self._is_flat = all(part.ndim == 1 for part in parts)
+        self.is_flat = all(dim == 1 for dim in set(map(Tensor.dim, parts)))
 
     def copy_(self, source: Column) -> None:
         """Take the values of as many tensors of the same shapes."""
         if self.whole is not None and source.whole is not None:
             self.whole.copy_(source.whole)
-        elif self.whole is not None and source._is_flat and self.whole.device == source.parts[0].device:
+        elif self.whole is not None and source.is_flat and self.whole.device == source.parts[0].device:
             torch.cat(source.parts, out=self.whole)
         else:
             torch._foreach_copy_(self.parts, source.parts)
@@ -94,9 +91,11 @@ class InPlace(Way):
 
     def __init__(self, live: list[Tensor], average: list[Tensor], flat: Tensor) -> None:
         """`flat`: 1-D scratch, of as many elements."""
-        pieces = flat.split_with_sizes([tensor.numel() for tensor in live])
-        scratch = [p if t.ndim == 1 else p.view(t.shape) for p, t in zip(pieces, live, strict=True)]
-        self._live, self._average, self._scratch = Column(live), Column(average), Column(scratch, flat)
+        self._live, self._average = Column(live), Column(average)
+        scratch = list(flat.split_with_sizes(list(map(Tensor.numel, live))))
+        if not self._live.is_flat:
+            scratch = [piece.view(tensor.shape) for piece, tensor in zip(scratch, live, strict=True)]
+        self._scratch = Column(scratch, flat)
         self._fingerprint = Fingerprint(flat)
         self._taken: list[Tensor] = []
         self._mark = _RAW
@@ -166,12 +165,17 @@ class Exchange:
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
         self.pairs = [pair for pair in pairs if pair.target.numel()]
-        in_place: list[Pair] = []
+        self.lent: dict[str, Tensor] = {}  # the averages that are in the model while swapped
+        in_place: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
         others: list[Pair] = []
         for pair in self.pairs:
-            (in_place if pair.in_place else others).append(pair)
+            name, target, average, master, volatile = pair
+            if master is not None or volatile or (dtype := target.dtype) != average.dtype:
+                others.append(pair)
+            else:
+                self.lent[name] = target
+                in_place.setdefault((target.device, dtype), []).append((target, average))
         rewritten, rows = _cast_from_masters(others)
-        self.lent = {pair.name: pair.target for pair in in_place}  # the averages that are in the model while swapped
         self._ways: list[Way] = [
             *_in_place_ways(in_place),
             *(Rewrite(*row) for row in rows),
@@ -250,27 +254,26 @@ def _stretch(tensor: Tensor) -> tuple[int, int]:
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
     """The 1-D tensor that these are, one after the other, if they are."""
+    if any(left.data_ptr() + left.nbytes != right.data_ptr() for left, right in pairwise(parts[:2])):
+        return None  # as most often where they are not
     starts = list(map(Tensor.data_ptr, parts))
-    ends = [start + part.nbytes for start, part in zip(starts, parts, strict=True)]
-    if starts[1:] != ends[:-1] or not all(part.ndim == 1 and part.is_contiguous() for part in parts):
+    ends = list(map(add, starts, map(attrgetter("nbytes"), parts)))
+    if starts[1:] != ends[:-1] or set(map(Tensor.dim, parts)) != {1} or not all(map(Tensor.is_contiguous, parts)):
         return None
     if len({part.untyped_storage().data_ptr() for part in (parts[0], parts[-1])}) > 1:
         return None
     return parts[0].as_strided((sum(map(Tensor.numel, parts)),), (1,))
 
 
-def _in_place_ways(pairs: Sequence[Pair]) -> Iterator[InPlace]:
-    groups: dict[tuple[torch.device, torch.dtype], list[Row]] = {}
-    for pair in pairs:
-        groups.setdefault((pair.target.device, pair.target.dtype), []).append((pair.target, pair.average))
+def _in_place_ways(groups: Mapping[tuple[torch.device, torch.dtype], list[Row]]) -> Iterator[InPlace]:
     for (device, dtype), rows in groups.items():
         limit_bytes = CACHE_BYTES if device.type == "cpu" else SCRATCH_BYTES // len(groups)
-        batches = list(pack(coalesce(rows), limit_bytes // dtype.itemsize))
+        columns = [list(zip(*batch, strict=True)) for batch in pack(coalesce(rows), limit_bytes // dtype.itemsize)]
         # Allocated before anything is touched, kept until the raw weights are back: leaving cannot run out of memory.
-        sizes = [sum([row[0].numel() for row in batch]) for batch in batches]
+        sizes = [sum(map(Tensor.numel, live)) for live, _ in columns]
         buffer = torch.empty(max(sizes, default=0), dtype=dtype, device=device)
-        for batch, numel in zip(batches, sizes, strict=True):
-            yield InPlace([row[0] for row in batch], [row[1] for row in batch], buffer[:numel])
+        for (live, average), numel in zip(columns, sizes, strict=True):
+            yield InPlace(list(live), list(average), buffer[:numel])
 
 
 def _cast_from_masters(pairs: Sequence[Pair]) -> tuple[set[str], list[Row]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .. import AbstractRule, ConfigError, ReplicaError, ShardedAverage, Snapshots
-from ..integration import AvgFn, BufferPolicy, MultiAvgFn, as_buffers, meeting
+from ..integration import AvgFn, BufferPolicy, MultiAvgFn, all_or_none, as_buffers
 from .holdings import Holdings
 from .passes import Passes
 from .patches import replaced, stand_in
@@ -195,7 +195,7 @@ class WeightAveraging(Callback):
         """Collective: all ranks must call. A new average of `model`, with room for what is pending."""
         saved = frozenset() if pending is None or pending.manifest is None else frozenset(pending.manifest.tensors)
         # `include` is the user's, and may fail on one rank; the others may be making groups by then.
-        with torch.inference_mode(False), meeting(self._job, "building the average of the weights"):
+        with torch.inference_mode(False), all_or_none(self._job, "building the average of the weights"):
             return ShardedAverage(
                 model,
                 self.rules,

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import PeerError, UnsupportedModelError
-from ..integration import Manifest, all_or_none, clean, meeting, place_of, rank_in, rendezvous, writes_checkpoints
+from ..integration import Manifest, all_or_none, clean, place_of, rank_in, rendezvous, writes_checkpoints
 from .patches import replaced
 from .trainers import collects_together, job_group, spans_rank_0, writes_folder
 from .weights import Weights
@@ -70,7 +70,7 @@ class SaveHook:
                 self._alone(weights, filepath, write)
                 return
             weights.average.republish()  # some may come after others gave up on ending an evaluation together
-        with meeting(job_group(trainer), "taking the last step into the average that is saved"):
+        with all_or_none(job_group(trainer), "taking the last step into the average that is saved"):
             self.callback.catch_up(trainer, weights)  # by the user's rule, which may fail on one rank
         if weights.average.n_averaged:
             self._together(weights, filepath, bool(weights_only), write)

@@ -22,7 +22,7 @@ from .groups import (
 )
 from .interrupts import collective, interruptible, uninterrupted
 from .meeting import Asked, agree, claim_once
-from .together import all_or_none, decided, gather_objects, meeting, rendezvous
+from .together import all_or_none, decided, gather_objects, rendezvous
 from .traffic import Traffic, traffic
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "gather_objects",
     "interruptible",
     "leave",
-    "meeting",
     "part_group",
     "rank_in",
     "rendezvous",

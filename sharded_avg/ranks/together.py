@@ -3,7 +3,6 @@
 all_or_none     a local part: all ranks go through it, or none
 decided         every rank tells what it has, rank 0 decides, and all get the one answer
 gather_objects  every rank gets what all have
-meeting         a body that may itself communicate, of the user's code
 rendezvous      whether all ranks are here, asked by one that does not wait for ever
 """
 
@@ -61,11 +60,6 @@ def all_or_none(
         except BaseException as failure:
             error = failure
         agree(group, error, doing, part.asked, left)
-
-
-# A body that communicates is treated alike: a rank that failed in it waits for nobody, and the others, who may be stuck
-# in what it never joined until that ends, read here why.
-meeting = all_or_none
 
 
 @collective

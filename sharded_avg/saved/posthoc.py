@@ -6,6 +6,7 @@ the folder and decides; the sums are in float64, and rounded once.
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..averages.state import State
 from ..errors import CheckpointError
-from ..ranks import all_or_none, collective, decided, everyone, rank_in
+from ..ranks import Asked, all_or_none, collective, decided, everyone, rank_in
 from ..shard import Shard, patches
 from .fit import compare
 from .folder.claims import window
@@ -40,26 +41,29 @@ class Mixed:
 
 @collective
 @torch.no_grad()
-def load_posthoc(state: State, path: Path, sigma_rel: float, name: str | None, step: int | None) -> Mixed:
+def load_posthoc(
+    state: State, path: str | os.PathLike[str], sigma_rel: float, name: str | None, step: int | None
+) -> Mixed:
     """Collective: all ranks must call. See `ShardedAverage.load_posthoc`."""
-    group, doing = everyone(state.group), f"mixing the averages saved in {str(path)!r}"
-
-    def ask() -> str:
+    group, doing = everyone(state.group), f"mixing the averages saved in {path!r}"
+    with all_or_none(group, doing) as part:
+        folder = Path(path)
+        asked = f"load_posthoc({str(folder)!r}, {sigma_rel=!r}, {name=!r}, {step=!r})"
         state.refuse_while_swapped("load_posthoc()")
         state.members.refresh()
-        return state.resolve(name)
+        part.asked = Asked(asked, *state.members.digests)
+        name = state.resolve(name)
 
-    def look(_: list[str]) -> tuple[Mixed, dict[str, str]]:
-        series = Series.found_in(path)
+    def look(_: list[None]) -> tuple[Mixed, dict[str, str]]:
+        series = Series.found_in(folder)
         snapshots, mixture = series.mixed(sigma_rel, step)
         parts = zip(snapshots, mixture.coefficients, strict=True)
         told = tuple((str(snapshot.path), snapshot.name, float(weight)) for snapshot, weight in parts if weight)
         return Mixed(snapshots[-1].step, float(mixture.error), told), series.torn
 
-    mixed, torn = decided(group, ask, look, doing)
+    mixed, torn = decided(group, lambda: None, look, doing)
     for where, why in torn.items() if rank_in(group) == 0 else ():
         warnings.warn(f"{where!r} is passed over: {why}", stacklevel=3)
-    name = state.resolve(name)
     with all_or_none(group, doing), ExitStack() as stack:
         opened = [(_opened(where), other, weight) for where, other, weight in mixed.parts]
         latest, other, _ = max(opened, key=lambda part: part[0].manifest.step)

@@ -219,7 +219,7 @@ def test_only_ranks_communicates() -> None:
 
 
 # What makes a function's failure everybody's; the last two are made of the others.
-TOGETHER = {"agree", "all_or_none", "decided", "gather_objects", "meeting", "rendezvous", "traffic"}
+TOGETHER = {"agree", "all_or_none", "decided", "gather_objects", "rendezvous", "traffic"}
 
 
 def test_collective_functions_go_through_the_mechanism() -> None:

@@ -204,7 +204,7 @@ def _stale(request: Request) -> None:
 
 
 def _batches(request: Request) -> None:
-    request.batches = [batch(7), batch(8)]
+    request.batches = [batch(seed).to(request.subject.engine.own or torch.float32) for seed in (7, 8)]
 
 
 def _options(**options: Any) -> Callable[[Request], None]:
@@ -242,6 +242,10 @@ def _load(request: Request) -> None:
     request.average.load(request.path, **request.options)
 
 
+def _load_posthoc(request: Request) -> None:
+    request.average.load_posthoc(request.path, name=request.name, **{"sigma_rel": 0.14, **request.options})
+
+
 CALLS = {
     "swapped": Call("swapped", _swapped),
     "republish": Call("republish", lambda r: r.average.republish(), _stale),
@@ -262,9 +266,7 @@ CALLS = {
     "async_save": Call("async_save", lambda r: r.average.async_save(r.path).result(), _fresh_path),
     "load": Call("load", _load, _saved),
     "load what fits": Call("load", lambda r: r.average.load(r.path, strict=False) and None, _saved),
-    "load_posthoc": Call(
-        "load_posthoc", lambda r: r.average.load_posthoc(r.path, sigma_rel=0.14, name=r.name), _series
-    ),
+    "load_posthoc": Call("load_posthoc", _load_posthoc, _series),
     "take_from": Call("take_from", lambda r: r.average.take_from(r.given), _other),
     "refreshed_batch_norm": Call("refreshed_batch_norm", _batch_norm, _batches),
     "averaged_buffers": Call("averaged_buffers", _buffers),
