@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import cos, pi
+from math import cos, exp, pi
 from typing import Any
 
 import torch
@@ -154,6 +154,10 @@ def _debiased(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
     return torch.lerp(average, live, 1 - (1 - (1 - 0.9) / (1 - 0.9 ** (num_averaged + 1))))
 
 
+def _decayed(decay: Callable[[int], float]) -> Callable[[Tensor, Tensor, int], Tensor]:
+    return lambda average, live, num_averaged: torch.lerp(average, live, 1 - decay(num_averaged))
+
+
 def _power(average: Tensor, live: Tensor, num_averaged: int) -> Tensor:
     return torch.lerp(average, live, 1 - (num_averaged / (num_averaged + 1)) ** 0.5)
 
@@ -196,6 +200,21 @@ FORMULAS = {
     "power": Formula(PowerAverage.merge_1_sqrt(), _power),
     "polynomial": Formula(PolynomialAverage(2), _polynomial),
     "cosine_merge": Formula(CosineMerge(7), _cosine_merge),
+    "inverse_gamma": Formula(
+        EMA(decay=decays.WarmupInverseGamma(power=0.75, max=0.75)),
+        _decayed(lambda n: max(0.0, min(0.75, 1 - (1 + n) ** -0.75))),
+    ),
+    "exponential": Formula(
+        EMA(decay=decays.WarmupExponential(decay=0.9, tau=3)), _decayed(lambda n: 0.9 * (1 - exp(-n / 3)))
+    ),
+    "cosine": Formula(
+        EMA(decay=decays.Cosine(start=0.5, end=1, steps=7)),
+        _decayed(lambda n: 1 + 0.5 * (0.5 - 1) * (1 + cos(pi * min(n, 7) / 7))),
+    ),
+    "linear": Formula(
+        EMA(decay=decays.Linear(start=0.5, end=1, steps=7)), _decayed(lambda n: 0.5 + (1 - 0.5) * min(n, 7) / 7)
+    ),
+    "half_life_share": Formula(EMA(decay=decays.HalfLifeShare(share=0.5)), _decayed(lambda n: 2 ** (-1 / (0.5 * n)))),
     "multi_avg_fn": Formula(CustomRule(multi_avg_fn=three_to_one_), _three_to_one_full),
 }
 
@@ -219,9 +238,10 @@ class Variant:
 # Every kind of rule alone, in fp32; what differs between dtypes does not differ between rules, so those go with one
 # rule. Rules that are a weight w(n) and no more go together.
 WEIGHTED = ("half_life", "debiased", "power", "polynomial", "cosine_merge")
+DECAYS = ("inverse_gamma", "exponential", "cosine", "linear", "half_life_share")
 VARIANTS = {
-    **{name: Variant((name,)) for name in FORMULAS if name not in WEIGHTED},
-    "weighted": Variant(WEIGHTED),
+    **{name: Variant((name,)) for name in FORMULAS if name not in (*WEIGHTED, *DECAYS)},
+    "weighted": Variant((*WEIGHTED, *DECAYS)),
     SEVERAL: Variant(("ema", "swa")),
     "own_dtype": Variant(("ema",), {"dtype": None}),
     "float64": Variant(("ema",), {"dtype": torch.float64}),

@@ -29,6 +29,7 @@ pytestmark = [
 ]
 
 VARIANT = Variant(("ema_warmup", "swa", "lawa", *WEIGHTED))
+EVERY_RULE = Variant(tuple(FORMULAS))
 NUM_STEPS = 3
 ALL_ROWS = {"plain": ONE_PROCESS, **ENGINES}
 SAVERS = [
@@ -58,24 +59,24 @@ SAVERS = [saver for saver in SAVERS if saver[0] in ALL_ROWS]
 Full = dict[str, dict[str, Tensor]]  # by average, by name
 
 
-def start(row: str) -> tuple[Engine, ShardedAverage]:
+def start(row: str, variant: Variant = VARIANT) -> tuple[Engine, ShardedAverage]:
     """Collective. One model for all engines: without what some of them refuse."""
     engine = ALL_ROWS[row].build(awkward(low=False, scalar=False))
-    return engine, VARIANT.build(engine.model)
+    return engine, variant.build(engine.model)
 
 
 def averaged(average: ShardedAverage, engine: Engine) -> Full:
     """Collective. Every average of every trained parameter, on all ranks."""
     trained = engine.full()
     found = {}
-    for name in VARIANT.names:
+    for name in average.names:
         with average.summon_full_params(name, rank0_only=False) as full:
             found[name] = {key: full[key] for key in trained}
     return found
 
 
-def save(row: str, folder: Path) -> None:
-    engine, average = start(row)
+def save(row: str, folder: Path, variant: Variant = VARIANT) -> None:
+    engine, average = start(row, variant)
     seen = []
     for step in range(NUM_STEPS):
         engine.learn_steps(step, step + 1)
@@ -87,8 +88,8 @@ def save(row: str, folder: Path) -> None:
         torch.save((full, seen), folder / "full.pt")
 
 
-def load_all(row: str, folders: list[Path]) -> None:
-    engine, average = start(row)
+def load_all(row: str, folders: list[Path], variant: Variant = VARIANT) -> None:
+    engine, average = start(row, variant)
     for folder in folders:
         average.load(folder / "average")
         expected, seen = torch.load(folder / "full.pt")
@@ -97,7 +98,7 @@ def load_all(row: str, folders: list[Path]) -> None:
         engine.learn_steps(NUM_STEPS, NUM_STEPS + 1)  # DeepSpeed reports a step that never was as skipped
         assert average.update()
         seen.append({key: live.float() for key, live in engine.full().items()})
-        for name, formula in zip(VARIANT.names, VARIANT.formulas, strict=True):
+        for name, formula in zip(variant.names, variant.formulas, strict=True):
             for key, value in expected[name].items():
                 expected[name][key] = FORMULAS[formula](value, [full[key] for full in seen], NUM_STEPS)
         assert_same(averaged(average, engine), expected, f"{folder.name}, one update later")
@@ -142,6 +143,16 @@ def test_every_saved_average_loads(row, world_size, whose, folders):
     here = SAVERS.index((row, world_size))
     near = [folders[index % len(folders)] for index in (here - 1, here, here + 1)]
     on_its_ranks(row, world_size, load_all, folders=folders if whose == "everyone's" else near)
+
+
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [(("fsdp2", 3), ("ddp", 2)), further(("ddp", 2), ("zero2", 2)), further(("zero2", 2), ("fsdp1-full-flat", 3))],
+)
+def test_every_rule_goes_on_elsewhere(saver, loader, tmp_path):
+    """Each by its name: under another engine, on other ranks, with its next update, as its formula on full tensors."""
+    on_its_ranks(*saver, save, folder=tmp_path, variant=EVERY_RULE)
+    on_its_ranks(*loader, load_all, folders=[tmp_path], variant=EVERY_RULE)
 
 
 @on_ranks(2, 3)

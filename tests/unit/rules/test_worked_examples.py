@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import nn
 
+import sharded_avg
 from sharded_avg import (
     EMA,
+    LAWA,
     SWA,
+    AbstractRule,
     ConfigError,
     CosineMerge,
+    CustomRule,
     Moment,
     PolynomialAverage,
     PowerAverage,
@@ -22,6 +27,7 @@ from sharded_avg import (
     ShardedAverage,
     decays,
 )
+from tests.helpers.models import FORMULAS
 
 XS = [1.0, 3.0, 2.0, 6.0, 4.0]
 LAST_FOUR = [3.0, 2.0, 6.0, 4.0]
@@ -136,6 +142,21 @@ def test_half_life_share():
 
 def test_cosine_merge_stays_when_it_is_whole():
     assert averages_of(CosineMerge(4), [*LAST_FOUR, 100.0, 200.0])[3:] == pytest.approx([3.8535534] * 3, abs=5e-8)
+
+
+def test_every_rule_is_here_and_in_the_tables_of_engines():
+    """Its worked example here (LAWA's in averages/test_ring.py), and its formula in tests/helpers/models.py."""
+    public = [*vars(sharded_avg).values(), *vars(decays).values()]
+    classes = [kind for kind in public if isinstance(kind, type) and not kind.__name__.startswith(("_", "Abstract"))]
+    rules = {kind for kind in classes if issubclass(kind, (AbstractRule, decays.AbstractDecay))}
+
+    def kinds(found: Iterable[AbstractRule]) -> set[type]:
+        return {kind for rule in found for kind in (type(rule), type(getattr(rule, "decay", None)))}
+
+    by_value = kinds(rule for rule, *_ in AVERAGES + LAST)
+    assert rules - by_value == {LAWA, CustomRule, decays.WarmupExponential}
+    held = kinds(formula.rule for formula in FORMULAS.values())
+    assert rules - held == {decays.WarmupTF}  # EMA(warmup=True), by its other name
 
 
 # -- the stride ----------------------------------------------------------------------------------------------------
