@@ -27,7 +27,7 @@ from .passes import Passes
 from .patches import replaced, stand_in
 from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
-from .settings import Included, count, dtype_of, end_of, evaluation, rules_of, snapshots_of
+from .settings import Included, count, dtype_of, evaluation, main_of, rules_of, snapshots_of
 from .stepping import StepWatch
 from .trainers import callback_class, check, evaluation_loops, is_named, job_group, spans_rank_0
 from .weights import Weights
@@ -105,7 +105,8 @@ class WeightAveraging(Callback):
         snapshots: Mapping[str, Any] | None = None,
     ) -> None:
         self.rules = rules_of(rule, avg_fn, multi_avg_fn)
-        self.main, self._ends_averaged = end_of(end_with, self.rules)
+        self.rule = self.rules if len(self.rules) > 1 else next(iter(self.rules.values()))
+        self.end_with, self.main = end_with, main_of(end_with, self.rules)
         self.device, self.use_buffers, self.include = device, use_buffers, include
         self.dtype, self.buffers = dtype_of(dtype), buffers
         if buffers is not None:
@@ -336,7 +337,7 @@ class WeightAveraging(Callback):
         weights = self.holdings.of(pl_module)
         if weights is not None and weights.snapshots is not None:
             weights.snapshots.close()
-        if weights is not None and self._ends_averaged:
+        if weights is not None and self.end_with != "raw":
             weights.finish()
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:

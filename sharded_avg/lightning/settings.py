@@ -44,10 +44,10 @@ def rules_of(
     return rules
 
 
-def end_of(end_with: str, rules: Mapping[str, AbstractRule]) -> tuple[str, bool]:
-    """The average that is meant where one only can be, and whether the model has it at the end."""
+def main_of(end_with: str, rules: Mapping[str, AbstractRule]) -> str:
+    """The average that is meant where one only can be."""
     if end_with in rules or end_with in ("average", "raw"):
-        return end_with if end_with in rules else next(iter(rules)), end_with != "raw"
+        return end_with if end_with in rules else next(iter(rules))
     words = ["average", "raw", *(name for name in rules if name != "average")]
     raise ConfigError(f"end_with={end_with!r}: must be one of {', '.join(map(repr, words))}")
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from sharded_avg import EMA, ConfigError
+from sharded_avg import EMA, ConfigError, PowerAverage
 from sharded_avg.errors import EngineVersionError
 from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging
 from sharded_avg.lightning.trainers import callback_class, check
@@ -102,6 +102,19 @@ class TestCommandLine:
         assert callback.rule == EMA(decay=DECAY, warmup=True)
         assert "class_path: sharded_avg.EMA" in written
         assert counts(callback) == (NUM_STEPS, NUM_STEPS)
+
+    def test_several_rules(self, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        rules = {
+            "short": {"class_path": "sharded_avg.EMA", "init_args": {"decay": DECAY}},
+            "long": {"class_path": "sharded_avg.PowerAverage", "init_args": {"power": 2.0}},
+        }
+        snapshots = {"folder": str(tmp_path / "snapshots"), "every_steps": NUM_STEPS, "dtype": "bfloat16"}
+        settings = {"rule": rules, "end_with": "long", "evaluate_with": "all", "snapshots": snapshots}
+        entry = {"class_path": "sharded_avg.lightning.WeightAveraging", "init_args": settings}
+        callback, _ = built(package, tmp_path, repr(entry), monkeypatch)
+        assert callback.rule == {"short": EMA(decay=DECAY), "long": PowerAverage(2.0)}
+        assert callback.average.names == ("short", "long")
+        assert [path.name for path in (tmp_path / "snapshots").iterdir()] == [f"step-{NUM_STEPS:09d}"]
 
 
 def test_functions_and_rules_are_not_for_the_ema() -> None:
