@@ -23,7 +23,7 @@ class Span(NamedTuple):
 
 
 WORKS_WITH = {
-    "torch": Span("2.7", "2.15.0"),
+    "torch": Span("2.8", "2.15.0"),
     "lightning": Span("2.6", "2.6.6"),
     "deepspeed": Span("0.16.9", "0.19.8"),
 }

@@ -36,6 +36,8 @@ def pytest_configure() -> None:
     # DeepSpeed compiles its ops at first use, with paths of this environment. In the user's common cache, two
     # environments would rebuild them in turns, and wait for each other's locks.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # ... and two releases of ninja take what the other has compiled for stale: everyone here has this environment's.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if pool.under_torchrun():
         # pytest clears old temporary folders at its end, and two that clear one place take it from each other's hands.
         root = Path(tempfile.gettempdir()) / f"sharded_avg-tests-of-{os.getuid()}-rank{os.environ['RANK']}"

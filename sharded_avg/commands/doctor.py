@@ -4,21 +4,26 @@ examine   -> Findings, one for each thing that was looked at
 table     those -> text
 
 Whatever may hang, print, compile or end a process is tried in a process of its own: a process group, an op of
-DeepSpeed's. Versions are read from what installers wrote; no trainer is imported.
+DeepSpeed's. Those have `wait` seconds together, and are ended with all that they started when these are over. Versions
+are read from what installers wrote; no trainer is imported.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +31,7 @@ import torch.distributed as dist
 
 from ..errors import EngineVersionError
 from ..version import WORKS_WITH, __version__, is_too_old, requirement
+from .progress import say
 
 OK, ABSENT, FAILS = "ok", "absent", "fails"
 _TRAINERS = {"lightning": "sharded_avg.lightning", "deepspeed": "ZeRO"}
@@ -44,7 +50,21 @@ print(ones.sum().item())
 dist.destroy_process_group()
 """
 # What DeepSpeed compiles where its ranks are processes on CPUs; on GPUs it compiles nothing before it is asked to.
-_OP = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as Builder; Builder().load(verbose=False)"
+# torch holds a file `lock` meanwhile, and waits for one that is there: for ever, where the build that made it was
+# killed. So SIGTERM is left to ninja, which ends its compilers: the build then fails, and torch takes its lock away.
+_OP = """
+import signal, sys
+from pathlib import Path
+from torch.utils.cpp_extension import _get_build_directory
+signal.signal(signal.SIGTERM, lambda *_: None)
+lock = Path(_get_build_directory("deepspeed_shm_comm", False), "lock")
+if lock.exists():
+    sys.exit(f"{lock} is there: a build is running, or was killed and left it; DeepSpeed waits for it to go")
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+ShareMemCommBuilder().load(verbose=False)
+"""
+_WAIT = 300.0  # seconds: the op takes half a minute on an idle machine, and minutes on a busy one
+_GRACE = 10.0  # seconds that a process has to end after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -57,13 +77,14 @@ class Finding:
     advice: str = ""
 
 
-def examine(*, quick: bool = False) -> list[Finding]:
-    """Look at everything; `quick` leaves out what starts processes (seconds each, a minute where an op is compiled)."""
+def examine(*, quick: bool = False, wait: float = _WAIT) -> list[Finding]:
+    """Look at everything; `quick` leaves out what starts processes, which take `wait` seconds together at most."""
     findings = [_python(), _torch(), _gpu(), *_engines()]
     findings += [_trainer("lightning"), _trainer("pytorch-lightning"), _trainer("deepspeed")]
     findings += [_optional(package) for package in _OPTIONAL]
     if not quick:
-        findings += [_backend("gloo", "cpu"), _backend("nccl", "cuda"), _op()]
+        end = time.monotonic() + wait
+        findings += [_backend("gloo", "cpu", end), _backend("nccl", "cuda", end), _op(end)]
     return findings
 
 
@@ -138,7 +159,7 @@ def _optional(package: str) -> Finding:
     return Finding(package, OK, version)
 
 
-def _backend(backend: str, device: str) -> Finding:
+def _backend(backend: str, device: str, end: float) -> Finding:
     """A process group of one rank, in a process of its own: it may wait for a network that is not there."""
     if not (dist.is_available() and dist.is_backend_available(backend)):
         return Finding(
@@ -146,41 +167,69 @@ def _backend(backend: str, device: str) -> Finding:
         )
     if device == "cuda" and not torch.cuda.is_available():
         return Finding(backend, ABSENT, "it needs a GPU")
-    failure = _try(_PROCESS_GROUP.format(backend=backend, device=device), timeout=120)
+    failure = _try(_PROCESS_GROUP.format(backend=backend, device=device), end)
     if not failure:
         return Finding(backend, OK, "a process group of one rank sums")
     interface = "GLOO_SOCKET_IFNAME=lo" if backend == "gloo" else "NCCL_DEBUG=INFO, and NCCL_SOCKET_IFNAME"
     return Finding(backend, FAILS, failure, f"if it names a host or an interface, set {interface} (see `ip address`)")
 
 
-def _op() -> Finding:
+def _op(end: float) -> Finding:
     """The op that DeepSpeed compiles at its first `initialize` on CPUs."""
     about = "DeepSpeed's op"
     if _version_of("deepspeed") is None:
         return Finding(about, ABSENT, "without DeepSpeed there is none")
-    missing = [name for name, there in (("g++", shutil.which("g++")), ("ninja", find_spec("ninja"))) if not there]
-    failure = _try(_OP, timeout=600)
+    missing = [name for name in ("c++", "ninja") if not shutil.which(name)]
+    say("DeepSpeed's op is compiled where that has not been done: half a minute to minutes")
+    failure = _try(_OP, end)
     if not failure:
-        return Finding(about, OK, "compiled, or was already: ranks on CPUs can be started")
-    need = (
-        f"install {' and '.join(missing)}"
-        if missing
-        else "read what the compiler says, or, if it said nothing, delete the file `lock` that a build which was ended "
-        "left in the op's folder (TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions): torch waits for it"
-    )
+        return Finding(about, OK, "compiled, or was already: ranks on CPUs can be started", _of_two_ninjas())
+    if missing:
+        need = f"put {' and '.join(missing)} on the PATH: install them, or activate the environment that has them"
+    elif "lock is there" in failure:
+        need = "wait for the build, or, if none is running, delete that file"
+    elif failure.startswith("not done"):
+        need = "give a busy machine longer (--wait 1800); what had begun was ended"
+    else:
+        need = "read what the compiler says"
     return Finding(about, FAILS, failure, f"{need}; on GPUs it is not needed")
 
 
-def _try(code: str, timeout: float) -> str:
-    """Run Python code in a process of its own; the last line of what it printed if it failed, "" if it did not."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"nothing within {timeout:.0f} s"
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    return "" if done.returncode == 0 else (lines[-1] if lines else f"exit code {done.returncode}")
+def _of_two_ninjas() -> str:
+    """Two releases take each other's work for stale: ranks of a launcher that has the other compile for minutes."""
+    own, found = shutil.which("ninja", path=str(Path(sys.executable).parent)), shutil.which("ninja")
+    if own is None or found is None or Path(own).samefile(found):
+        return ""
+    return f"{found} compiled it, and {own} would again: activate the environment, so that all have one of them"
+
+
+def _try(code: str, end: float) -> str:
+    """Run Python code in a process of its own until `end`; the last line that it printed if it failed, else ""."""
+    began = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=max(0.0, end - began))
+        except subprocess.TimeoutExpired:
+            return f"not done within {end - began:.0f} s"
+        finally:
+            _end(process)
+    lines = [line for line in said.splitlines() if line.strip()]
+    return "" if process.returncode == 0 else (lines[-1] if lines else f"exit code {process.returncode}")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End it, and what it started, which may go on for long and hold the pipe open."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(OSError):  # all have ended
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE)
 
 
 def _version_of(package: str) -> str | None:
@@ -195,11 +244,18 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("doctor", help="say what this environment has and lacks, and what to do about it")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--quick", action="store_true", help="start no processes: no process group, no compiler")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=_WAIT,
+        metavar="SECONDS",
+        help="how long those may take together, a compiler most of it (default: %(default).0f)",
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    findings = examine(quick=args.quick)
+    findings = examine(quick=args.quick, wait=args.wait)
     failing = [finding.about for finding in findings if finding.state == FAILS]
     if args.json:
         print(json.dumps({"package": __version__, "ok": not failing, "findings": [*map(asdict, findings)]}, indent=1))

@@ -26,7 +26,6 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.torch_version import TorchVersion
 
 from .further import covered_by
 from .models import Awkward, Block, Frozen, Low, awkward, batch, clean
@@ -354,11 +353,6 @@ ENGINES = {
     ),
 }
 
-if TorchVersion(torch.__version__) < (2, 8):  # seen with 2.7.0, which itself cannot do these on CPUs
-    del ENGINES["fsdp2-hsdp"]  # averages gradients over replicas by a reduction that gloo does not have
-    del ENGINES["tp-fsdp2"]  # refuses sizes that do not divide evenly
-
-
 # Without a process group, or as if there were none; in the test's own process.
 ONE_PROCESS = Row(plain, (1,))
 
@@ -381,7 +375,6 @@ COVER = {
     ("zero2", 2),
     ("zero3-bf16-groups", 2),
 }
-COVER = {each for each in COVER if each[0] in ENGINES}
 ROWS = [(name, size) for name, row in ENGINES.items() for size in row.world_sizes]
 ONE_SIZE = [(name, row.world_sizes[0]) for name, row in ENGINES.items()]
 every_engine = pytest.mark.parametrize(("row", "world_size"), covered_by(COVER, ROWS))

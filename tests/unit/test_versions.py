@@ -44,9 +44,10 @@ def test_the_pinned_version_is_within(package: str) -> None:
         ("2.6.0", True),
         ("2.6.0+cu124", True),
         ("1.13.1", True),
-        ("2.7.0a0+git1234", False),
-        ("2.7.0", False),
-        ("2.7", False),
+        ("2.7.1", True),
+        ("2.8.0a0+git1234", False),
+        ("2.8.0", False),
+        ("2.8", False),
         ("2.13.0+cpu", False),
         ("2.16.0.dev20261101+cu130", False),
         ("10.0", False),
@@ -64,7 +65,7 @@ def test_an_old_version_is_named_with_what_to_install() -> None:
 
 AN_OLD_TORCH = """
 import torch
-torch.__version__ = "2.6.0+cu124"
+torch.__version__ = "2.7.1+cu126"
 torch.distributed.tensor = None                       # nothing that an old one may lack is needed for the message
 import sys; sys.modules["torch.distributed.tensor"] = sys.modules["torch.distributed.checkpoint"] = None
 import sharded_avg
@@ -75,8 +76,8 @@ def test_import_says_which_torch_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", AN_OLD_TORCH], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        "sharded_avg.errors.EngineVersionError: torch 2.6.0+cu124 is older than what sharded_avg 0.1.0 works with; "
-        f"pip install 'torch>=2.7,<={WORKS_WITH['torch'].newest}'"
+        "sharded_avg.errors.EngineVersionError: torch 2.7.1+cu126 is older than what sharded_avg 0.1.0 works with; "
+        f"pip install 'torch>=2.8,<={WORKS_WITH['torch'].newest}'"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,25 +69,121 @@ def test_what_is_too_old_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 @pytest.mark.own_processes
 def test_a_process_group_is_tried() -> None:
-    assert doctor._backend("gloo", "cpu").state == "ok"
-    assert doctor._backend("nccl", "cuda").state == ("ok" if torch.cuda.is_available() else "absent")
+    assert doctor._backend("gloo", "cpu", time.monotonic() + 60).state == "ok"
+    nccl = doctor._backend("nccl", "cuda", time.monotonic() + 60)
+    assert nccl.state == ("ok" if torch.cuda.is_available() else "absent")
 
 
 @pytest.mark.own_processes
 def test_what_is_tried_and_fails_or_hangs() -> None:
-    assert doctor._try("import sys; print('first'); sys.exit('the reason')", timeout=60) == "the reason"
-    assert doctor._try("import os; os.abort()", timeout=60) == "exit code -6"
-    assert doctor._try("import time; time.sleep(60)", timeout=0.1) == "nothing within 0 s"
-    assert doctor._try("print('fine')", timeout=60) == ""
+    end = time.monotonic() + 60
+    assert doctor._try("import sys; print('first'); sys.exit('the reason')", end) == "the reason"
+    assert doctor._try("import os; os.abort()", end) == "exit code -6"
+    assert doctor._try("import time; time.sleep(60)", time.monotonic() + 0.1) == "not done within 0 s"
+    assert doctor._try("print('fine')", end) == ""
+
+
+# As torch builds an op: a lock that it takes away when the compiler that it started has ended, well or not.
+A_BUILD = """
+import pathlib, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: None)
+lock = pathlib.Path({lock!r})
+lock.touch()
+subprocess.run([sys.executable, "-c", "import time; time.sleep(60)"])
+lock.unlink()
+sys.exit("error building")
+"""
+
+
+@pytest.mark.own_processes
+@pytest.mark.parametrize("stopped", [False, True], ids=["time_is_over", "ctrl_c"])
+def test_a_build_that_hangs_is_ended_with_its_compiler(
+    stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had gone on for minutes, and left its lock when it was killed, which DeepSpeed then waited for without end."""
+    lock, began = tmp_path / "lock", time.monotonic()
+    until_compiling(lock, monkeypatch, stopped)
+    code = A_BUILD.format(lock=str(lock))
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            doctor._try(code, time.monotonic() + 60)
+    else:
+        assert doctor._try(code, time.monotonic() + 60).startswith("not done within ")
+    assert not lock.exists()
+    assert time.monotonic() - began < 30
+
+
+def until_compiling(lock: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool) -> None:
+    """Stand in for the time of a try, or for Ctrl-C: it is over half a second after the build has begun."""
+
+    def communicate(self: subprocess.Popen[str], timeout: float) -> tuple[str, None]:
+        while not lock.exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        raise KeyboardInterrupt if stopped else subprocess.TimeoutExpired("", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", communicate)
+
+
+def all_of_it(extensions: Path, *arguments: str, **environment: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The whole command, with ops of DeepSpeed in a folder of their own; exit code and findings."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sharded_avg", "doctor", "--json", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(extensions)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    return done.returncode, {finding["about"]: finding for finding in json.loads(done.stdout)["findings"]}
 
 
 @pytest.mark.further
 @pytest.mark.own_processes
 def test_all_of_it() -> None:
     """Compiles DeepSpeed's op where that has not been done."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sharded_avg", "doctor", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stderr
-    found = {finding["about"]: finding for finding in json.loads(done.stdout)["findings"]}
+    code, found = all_of_it(Path(os.environ["TORCH_EXTENSIONS_DIR"]))
+    assert code == 0
     assert found["DeepSpeed's op"]["state"] == found["gloo"]["state"] == "ok"
+
+
+@pytest.mark.own_processes
+def test_the_lock_of_a_build_is_told_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    told = doctor._op(time.monotonic() + 60)
+    assert told.state == "fails"
+    assert told.found.startswith(f"{lock} is there: a build is running, or was killed")
+    assert told.advice.startswith("wait for the build, or, if none is running, delete that file")
+    assert lock.exists()  # another's
+
+
+def test_another_ninja_on_the_path_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._of_two_ninjas() == ""  # here ranks and commands have this environment's
+    (tmp_path / "ninja").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._of_two_ninjas().startswith(f"{tmp_path / 'ninja'} compiled it, and {Path(sys.executable).parent}")
+
+
+@pytest.mark.further
+@pytest.mark.own_processes
+def test_it_ends_in_time_where_the_compiler_hangs(tmp_path: Path) -> None:
+    """With a real build, whose lock is gone afterwards, and whose compilers are."""
+    compiler = tmp_path / "compiler"
+    compiles = f"for word; do [ $word = -c ] && echo $$ >> {tmp_path}/pids && exec sleep 250; done"
+    compiler.write_text(f'#!/bin/bash\n{compiles}\nexec c++ "$@"\n')  # it may be asked for its version
+    compiler.chmod(0o755)
+    began = time.monotonic()
+    code, found = all_of_it(tmp_path / "extensions", "--wait", "60", CXX=str(compiler))
+    assert time.monotonic() - began < 120  # with the imports
+    assert code == 1
+    assert found["DeepSpeed's op"]["state"] == "fails"
+    assert found["DeepSpeed's op"]["found"].startswith("not done within ")
+    assert "--wait" in found["DeepSpeed's op"]["advice"]
+    assert not list(tmp_path.rglob("lock"))
+    pids = (tmp_path / "pids").read_text().split()  # it had come that far
+    assert pids
+    assert not [pid for pid in pids if Path("/proc", pid).exists()]
