@@ -114,16 +114,31 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 @contextmanager
-def engine_of(config: Config, model: nn.Module | None = None, optimizer: Any = None) -> Iterator[Any]:
-    """A DeepSpeedEngine over `plain_model()`, destroyed afterwards."""
+def engine_of(config: Config, model: nn.Module | None = None, optimizer: Any = None, **more: Any) -> Iterator[Any]:
+    """A DeepSpeedEngine over `plain_model()`, destroyed afterwards. Without an optimizer, `config` may have one."""
     deepspeed = pytest.importorskip("deepspeed")
     model = plain_model() if model is None else model
-    optimizer = two_groups(trained(model)) if optimizer is None else optimizer
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    if optimizer is None and "optimizer" in config:
+        more["model_parameters"] = trained(model)
+    else:
+        more["optimizer"] = two_groups(trained(model)) if optimizer is None else optimizer
+    engine = deepspeed.initialize(model=model, config=config, **more)[0]
     try:
         yield engine
     finally:
         engine.destroy()
+
+
+@contextmanager
+def groups_kept() -> Iterator[None]:
+    """DeepSpeed's groups and mesh stay for the life of a process: AutoTP's and those of `mesh_param` go after this."""
+    groups = pytest.importorskip("deepspeed").utils.groups
+    known = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
+    try:
+        yield
+    finally:
+        vars(groups).update(known)
+        groups.mesh_device = groups.mpu = None
 
 
 def tokens(step: int, rank: int) -> Tensor:

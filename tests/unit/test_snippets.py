@@ -20,14 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import sharded_avg
-from sharded_avg.commands.cli import COMMANDS
+from sharded_avg import load_averaged_state_dict
+from sharded_avg.commands.cli import COMMANDS, main
 from tests.helpers.pool import on_ranks
 from tests.unit.test_architecture import ROOT
 
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 WRAPPINGS = "Every engine"  # of the README: each paragraph wraps a model of its own
 FOR_LIGHTNING = "docs/lightning.md"
-FOR_DEEPSPEED = "docs/deepspeed.md"  # its snippets want an engine on DeepSpeed's ranks: not run here yet
+FOR_DEEPSPEED = (
+    "docs/deepspeed.md"  # on DeepSpeed's ranks; other trainers' recipes: multigpu/weights/test_zero_trainers.py
+)
 
 
 class Block(NamedTuple):
@@ -178,9 +181,9 @@ def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "EarlyStopping": EarlyStopping,
         "ModelCheckpoint": partial(ModelCheckpoint, dirpath="."),
     }
-    names["FSDPStrategy"] = lambda **_: None
+    names["FSDPStrategy"] = names["DeepSpeedStrategy"] = lambda config=None, **_: config and (ROOT / config).read_text()
     lines = [b for b in BLOCKS if "Trainer(" in b.code and b.page != FOR_LIGHTNING and "Lightning" in b.heading]
-    lines += [block for block in BLOCKS if block.page == "README.md" and "Trainer(" in block.code]
+    lines += [b for b in BLOCKS if b.page in ("README.md", FOR_DEEPSPEED) and "Trainer(strategy" in b.code]
     for block in [*lines, *(block for block in BLOCKS if block.page == FOR_LIGHTNING)]:
         if "fabric" in block.code:
             _of_fabric(names)
@@ -218,6 +221,49 @@ def test_the_wrappings_of_the_readme(tmp_path: Path) -> None:
             exec(paragraph, names)
             names["average"].update()
             assert names["average"].n_averaged == 1
+
+
+class Loss(nn.Sequential):
+    """What an engine's `backward` takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss: Tensor = super().forward(x).float().square().mean()
+        return loss
+
+
+@on_ranks(2, kind="deepspeed")
+def test_snippets_with_deepspeed(tmp_path: Path) -> None:
+    """The first example of the page, then each row of "How do I export?" and the line that loads."""
+    import deepspeed
+
+    (first,) = [block for block in BLOCKS if block.page == FOR_DEEPSPEED and "deepspeed.initialize(" in block.code]
+    text = (ROOT / FOR_DEEPSPEED).read_text()
+    exports = text.partition("## How do I export?")[2].partition("\n## ")[0]
+    torch.manual_seed(0)
+    model = Loss(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5))
+    names = reader() | {"deepspeed": deepspeed, "model": model, "params": list(model.parameters())}
+    names["batches"] = [torch.randn(8, 3).bfloat16() for _ in range(4)]
+    names["evaluate"] = torch.no_grad()(lambda engine: engine(names["batches"][0]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        if dist.get_rank() == 0:
+            Path("ds_config.json").write_text((ROOT / "examples/deepspeed/stage2_bf16.json").read_text())
+        dist.barrier()
+        run(first, names)
+        whole, export = re.findall(r"`(with average\.[^`]*)`", exports)
+        exec(whole + "\n    kept = dict(full)", names)
+        exec(export, names)
+        if dist.get_rank() == 0:
+            (command,) = re.findall(r"`sharded-avg ([^`]*)`", exports)
+            assert main(command.split()) == 0
+            assert all(
+                torch.equal(v, names["kept"][k]) for k, v in load_averaged_state_dict("model.safetensors").items()
+            )
+            low = torch.load("run/pytorch_model.bin", weights_only=True)
+            assert all(torch.equal(value, names["kept"][key].to(value.dtype)) for key, value in low.items())
+        (again,) = re.findall(r'`(average\.load\("run/average"\))`', text)
+        exec(again, names)
+    names["engine"].destroy()
 
 
 @pytest.mark.further

@@ -23,10 +23,10 @@ from tests.helpers.zero_engines import (
     evaluate,
     every_stage,
     gathered,
+    groups_kept,
     plain_model,
     settings,
     train,
-    two_groups,
 )
 
 PASS_THE_ENGINE = r"pass the engine that deepspeed\.initialize returned"
@@ -112,17 +112,9 @@ def test_a_checkpoint_that_somebody_has_hooked() -> None:
 
 @contextmanager
 def on_a_mesh(stage: int, data: int, sequence: int, **more: Any) -> Iterator[Any]:
-    """An engine made with `mesh_param`; DeepSpeed keeps the mesh for the life of a process."""
-    deepspeed = pytest.importorskip("deepspeed")
-    model, groups = plain_model(), deepspeed.utils.groups
-    optimizer = two_groups([param for param in model.parameters() if param.requires_grad])
-    config = settings(f"{stage}-bf16", **more) | {"train_micro_batch_size_per_gpu": 2}
-    try:
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mesh_param=(data, sequence))[0]
+    """An engine made with `mesh_param`."""
+    with groups_kept(), engine_of(settings(f"{stage}-bf16", **more), mesh_param=(data, sequence)) as engine:
         yield engine
-        engine.destroy()
-    finally:
-        groups.mesh_device = None
 
 
 def train_or_skip(engine: Any, step: int) -> None:

@@ -122,6 +122,13 @@ def of_deepspeed(name: str, *bases: type) -> Any:
 Engine = of_deepspeed("DeepSpeedEngine", Stage3)
 
 
+def in_files() -> Any:
+    engine = Engine(params_in_nvme_and_cpu=True)
+    engine.module.weight.ds_tensor = torch.empty(0)
+    engine.module.weight.ds_tensor.final_location = "nvme"
+    return engine
+
+
 @pytest.mark.parametrize(
     ("engine", "reason"),
     [
@@ -131,8 +138,7 @@ Engine = of_deepspeed("DeepSpeedEngine", Stage3)
         (Engine(mp_world_size=2), "tensor parallel"),
         (Engine(zenflow=True), "zenflow"),
         (Engine(optimizer="SuperOffloadOptimizer_Stage3"), "super_offload"),
-        (Engine(swap_optimizer=True), r"masters are in files .*offload_optimizer$"),
-        (Engine(params_in_nvme_and_cpu=True), r"weights are in files .*masters are in memory"),
+        (in_files(), r"weights are in files .*offload_param"),
         (Engine(optimizer="MiCS_Optimizer"), "MiCS"),
         (Engine(optimizer="NewOptimizer"), "not known"),
         (Engine(is_deepcompile_active=lambda: True), "DeepCompile"),

@@ -20,7 +20,8 @@ from sharded_avg import EMA, ShardedAverage, load_averaged_state_dict
 from sharded_avg.errors import ReplicaError, UnsupportedModelError
 from tests.helpers.further import further
 from tests.helpers.pool import on_ranks
-from tests.helpers.zero_engines import assert_same
+from tests.helpers.zero_engines import assert_same, evaluate, groups_kept, loss_of, trained
+from tests.helpers.zero_engines import engine_of as an_engine_of
 
 WIDTH, TOKENS = 6, 7
 CUT = {"qkv": 0, "out": 1, "up": 0, "down": 1, "frozen": 0}  # module -> dim; of the bias 0, or not cut where this is 1
@@ -58,11 +59,11 @@ def plain(up: int) -> Model:
 @contextmanager
 def engine_of(stage: int, up: int, **more: Any) -> Iterator[Any]:
     """Tensor-parallel over pairs of ranks; DeepSpeed keeps the mesh for the life of a process."""
-    deepspeed = pytest.importorskip("deepspeed")
+    version = pytest.importorskip("deepspeed").__version__
     training = pytest.importorskip("deepspeed.runtime.tensor_parallel.config").TPTrainingConfig
     if "partition_config" not in training.model_fields:
-        pytest.skip(f"DeepSpeed {deepspeed.__version__} has no tensor_parallel.partition_config")
-    model, groups = plain(up), deepspeed.utils.groups
+        pytest.skip(f"DeepSpeed {version} has no tensor_parallel.partition_config")
+    model = plain(up)
     specs = [
         {"patterns": [r"qkv\.(weight|bias)$"], "partition_type": "column", "shape": [3, -1], "partition_dim": 0},
         {"patterns": [r"(up|frozen)\.(weight|bias)$"], "partition_type": "column"},
@@ -78,15 +79,8 @@ def engine_of(stage: int, up: int, **more: Any) -> Iterator[Any]:
             "partition_config": {"use_default_specs": False, "layer_specs": specs},
         },
     }
-    optimizer = torch.optim.AdamW([param for param in model.parameters() if param.requires_grad], lr=0.01)
-    known = {name: value for name, value in vars(groups).items() if name.startswith("_") and name.isupper()}
-    try:
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    with groups_kept(), an_engine_of(config, model, torch.optim.AdamW(trained(model), lr=0.01)) as engine:
         yield engine
-        engine.destroy()
-    finally:
-        vars(groups).update(known)
-        groups.mesh_device = groups.mpu = None
 
 
 def train(engine: Any, steps: range) -> None:
@@ -94,15 +88,8 @@ def train(engine: Any, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(10 * step + dist.get_rank() // 2)
         engine.train()
-        engine.backward(engine(torch.randint(0, TOKENS, (2, 3), generator=generator)).float().square().mean())
+        engine.backward(loss_of(engine(torch.randint(0, TOKENS, (2, 3), generator=generator))))
         engine.step()
-
-
-def evaluate(engine: Any) -> Tensor:
-    engine.eval()
-    with torch.no_grad():
-        logits: Tensor = engine(torch.arange(6).view(2, 3))
-        return logits.clone()
 
 
 def joined(engine: Any, value: Any) -> dict[str, Tensor]:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from sharded_avg import EMA, ShardedAverage, load_averaged_state_dict
 from sharded_avg.errors import UnsupportedModelError
 from tests.helpers.pool import ROOT, close_all, run_on_ranks
+from tests.helpers.zero_engines import assert_same, engine_of, evaluate, groups_kept, loss_of
+from tests.helpers.zero_files import offloading_to_files
 
 FOLDER, PAGE = ROOT / "examples" / "deepspeed", ROOT / "docs" / "deepspeed.md"
 EQUAL, NOT_HERE = "bit-equal", "DeepSpeed cannot run it on these CPUs"
@@ -41,7 +43,9 @@ def _files() -> dict[str, dict[str, Any]]:
 
 
 _FORCED = {"zero_force_ds_cpu_optimizer": False}
-_NVME = {"device": "nvme", "nvme_path": "/tmp"}
+NVME_PATH = "/local_nvme"  # a test's own folder in its place
+_NVME = {"device": "nvme", "nvme_path": NVME_PATH}
+_SMALL = {"aio": {"block_size": 80}}  # sub-groups of less stay in memory
 # What is in files, and variations of it: name -> configuration.
 CONFIGURATIONS: dict[str, dict[str, Any]] = _files() | {
     "stage 0, fp32": _zero(0, {}),
@@ -50,6 +54,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = _files() | {
     "stage 1, bf16": _zero(1),
     "stage 2, fp32": _zero(2, {}),
     "stage 2, `overlap_comm`, small buckets": _zero(2, overlap_comm=True, reduce_bucket_size=50),
+    "stage 1, `round_robin_gradients`": _zero(1, round_robin_gradients=True),
+    "stage 2, `round_robin_gradients`": _zero(2, round_robin_gradients=True),
     "stage 2, optimizer offloaded to the CPU": _zero(2, offload_optimizer={"device": "cpu"}) | _FORCED,
     "stage 3, fp32": _zero(3, {}),
     "stage 3, bf16": _zero(3),
@@ -60,8 +66,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = _files() | {
     "stage 3, AutoTP": _zero(3) | {"tensor_parallel": _files()["autotp.json"]["tensor_parallel"]},
     "stage 2, a warm-up schedule": _zero(2)
     | {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.001, "warmup_num_steps": 3}}},
-    "stage 3, optimizer offloaded to NVMe": _zero(3, offload_optimizer=_NVME) | _FORCED,
-    "stage 3, parameters offloaded to NVMe": _zero(3, offload_param=_NVME) | _FORCED,
+    "stage 3, optimizer offloaded to NVMe": _zero(3, offload_optimizer=_NVME) | _FORCED | _SMALL,
+    "stage 3, the same, sub-groups of 20 elements, pipelined": _zero(
+        3,
+        sub_group_size=20,
+        offload_optimizer=_NVME | {"pipeline_read": True, "pipeline_write": True, "buffer_count": 8},
+    )
+    | _FORCED
+    | _SMALL,
+    "stage 3, parameters offloaded to NVMe, which `max_in_cpu` has room for": _zero(
+        3, offload_optimizer=_NVME, offload_param=_NVME | {"buffer_size": 1000}
+    )
+    | _FORCED
+    | _SMALL,
+    "stage 3, parameters offloaded to NVMe": _zero(3, offload_param=_NVME | {"buffer_size": 1000, "max_in_cpu": 0})
+    | _FORCED
+    | _SMALL,
 }
 
 
@@ -112,22 +132,14 @@ class Net(nn.Module):
 def _engine(name: str, config: dict[str, Any]) -> Iterator[Any]:
     import deepspeed
 
-    groups = deepspeed.utils.groups
-    known = {key: value for key, value in vars(groups).items() if key.startswith("_") and key.isupper()}
     torch.manual_seed(5)
-    model = Net(lora="lora" in name)
-    trained = [param for param in model.parameters() if param.requires_grad]
     with ExitStack() as stack:
         if "fp16" in config:  # DeepSpeed says that CPUs have no fp16; torch's do
             accelerator = type(deepspeed.get_accelerator())
             stack.enter_context(mock.patch.object(accelerator, "is_fp16_supported", return_value=True))
-        engine = deepspeed.initialize(model=model, model_parameters=trained, config=copy.deepcopy(config))[0]
-        try:
-            yield engine
-        finally:
-            engine.destroy()
-            vars(groups).update(known)
-            groups.mesh_device = groups.mpu = None
+        stack.enter_context(groups_kept())
+        stack.enter_context(offloading_to_files())
+        yield stack.enter_context(engine_of(copy.deepcopy(config), Net(lora="lora" in name)))
 
 
 def _masters(engine: Any) -> dict[str, Tensor]:
@@ -144,6 +156,8 @@ def _masters(engine: Any) -> dict[str, Tensor]:
         master_of = {id(low): high for group in pairs for low, high in zip(*group, strict=True)}
         params = engine.module.named_parameters()
         found = {name: master_of[id(p)].detach().clone() for name, p in params if p.requires_grad}
+    if getattr(engine.optimizer, "round_robin_gradients", False):  # what DeepSpeed hands out is wrong there
+        found = _reordered(engine)
     if engine.mp_world_size > 1:
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, found)
@@ -152,22 +166,36 @@ def _masters(engine: Any) -> dict[str, Tensor]:
     return found
 
 
+def _reordered(engine: Any) -> dict[str, Tensor]:
+    """Collective. Full masters, out of all ranks' partitions, in the order in which DeepSpeed laid parameters down."""
+    name_of, found = {id(param): name for name, param in engine.module.named_parameters()}, {}
+    optimizer = engine.optimizer
+    for params, part in zip(optimizer.round_robin_bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part.detach())
+        values = torch.cat(parts)
+        for param in params:
+            found[name_of[id(param)]], values = values[: param.numel()].view(param.shape), values[param.numel() :]
+    return found
+
+
 def _loss(engine: Any, micro: int) -> Tensor:
     part = dist.get_rank() // engine.mp_world_size
     tokens = torch.randint(0, 7, (2, 3), generator=torch.Generator().manual_seed(10 * micro + part))
-    loss = engine(tokens).float().square().mean()
+    loss = loss_of(engine(tokens))
     return loss * 1e30 if micro == 2 and engine.fp16_enabled() else loss  # an overflow, so that a step is skipped
 
 
 def outcome(name: str, config: dict[str, Any], folder: Path) -> str:
     """Collective. "bit-equal", or why not; raises AssertionError for numbers that are not."""
     try:
-        with _engine(name, config) as engine:
+        placed = json.loads(json.dumps(config).replace(NVME_PATH, str(folder)))
+        with _engine(name, placed) as engine:
             try:
                 average = ShardedAverage(engine, EMA(decay=0.5))
             except UnsupportedModelError as error:
                 return f"refused: {str(error).partition('engine: ')[2].partition(';')[0]}"
-            _check(engine, average, name, folder)
+            _check(engine, average, name, folder / "average")
             return EQUAL
     except (ImportError, AssertionError, RuntimeError, ValueError) as error:
         if error.__traceback__ is None or not _is_deepspeeds(error):
@@ -201,27 +229,20 @@ def _check(engine: Any, average: ShardedAverage, name: str, folder: Path) -> Non
         before = live
     assert average.num_steps == num_steps > 1
     assert engine.skipped_steps == int(engine.fp16_enabled())
-    raw = _evaluated(engine)
+    raw = evaluate(engine)
     with average.swapped():
-        assert not torch.equal(_evaluated(engine), raw)
-    assert torch.equal(_evaluated(engine), raw)
+        assert not torch.equal(evaluate(engine), raw)
+    assert torch.equal(evaluate(engine), raw)
     now = _masters(engine)
-    assert all(torch.equal(now[key], before[key]) for key in before)
+    assert_same(now, before)
     with average.summon_full_params(rank0_only=False) as full:
         assert list(full) == list(Net(lora="lora" in name).state_dict())
         assert all(torch.equal(full[key], value) for key, value in slow.items())
-    average.save(folder / "average")
-    saved = load_averaged_state_dict(folder / "average")
+    average.save(folder)
+    saved = load_averaged_state_dict(folder)
     assert all(torch.equal(saved[key], value) for key, value in slow.items())
     if "lora" in name:  # adapters only
         assert sorted(saved) == ["low.lora_a.weight", "low.lora_b.weight"]
-
-
-def _evaluated(engine: Any) -> Tensor:
-    engine.eval()
-    with torch.no_grad():
-        logits: Tensor = engine(torch.arange(6).view(2, 3))
-        return logits.clone()
 
 
 def run_here(names: list[str], tmp_path: Path) -> dict[str, str]:
@@ -245,8 +266,8 @@ def table_of_refusals() -> str:
     """Markdown, of what `refuse` asks an engine for."""
     from sharded_avg.weights.layouts.zero.engine import _REFUSALS
 
-    rows = [f"| {what} | {remedy} |" for _, what, remedy in _REFUSALS]
-    return "\n".join(["| refused, because | instead |", "|---|---|", *rows])
+    rows = [f"| {refusal.reason} | {refusal.remedy} | {refusal.read_in} |" for refusal in _REFUSALS]
+    return "\n".join(["| refused, because | instead | read in DeepSpeed |", "|---|---|---|", *rows])
 
 
 def between(marker: str, text: str | None = None) -> str:

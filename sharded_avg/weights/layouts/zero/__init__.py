@@ -16,6 +16,13 @@ After `initialize` and after every step the copy is the cast master, so an excha
 master: `tensor` is the parameter. Stage 0 in bf16 or fp16 keeps whole masters on every rank; the work is divided all
 the same: each rank averages its stretch, 1/N of them. Frozen parameters have no master anywhere.
 
+[Note: masters in files]
+With the optimizer offloaded to NVMe, DeepSpeed's `step` reads masters a sub-group at a time, writes them back into the
+same file, and keeps nothing of them. That file is mapped: a tensor whose elements are the file's, read from the disk
+when an update or a swap reads them, in memory that the system takes back. DeepSpeed's direct writes drop the pages that
+they write over, and its direct reads wait for what was written into the mapping. Sub-groups below DeepSpeed's smallest
+request (1 MiB) stay in memory.
+
 [Note: places are measured, not looked up]
 DeepSpeed's `_hp_mapping` says where a master lies, and it is wrong with `round_robin_gradients` (0.19.8: it counts in
 the order of the optimizer, memory is in the reordered one; so do `safe_get_full_fp32_param` and its kin). A parameter's
@@ -41,7 +48,9 @@ A missing one is an `EngineVersionError`. A test holds the code to this list, an
                get_model_parallel_rank  of the mpu, which is deepspeed.utils.groups
     optional   ds_autotp_universal_checkpoint_meta  AutoTP, of a parameter: how it is cut; DeepSpeed 0.16.9 has none
                backup_optimizer, using_real_optimizer, offloaded_states  what some releases have, and some engines
-               has_moe_layers, mp_world_size, zenflow, swap_optimizer, params_in_nvme_and_cpu  refused where they are on
+               swap_optimizer, _swappable_optimizer_subgroup, optimizer_swapper  masters in files
+               swap_params_info, get_swap_paths, numel  the same: of the optimizer_swapper, and of each entry
+               has_moe_layers, mp_world_size, zenflow, params_in_nvme_and_cpu, final_location  refused where they are on
                mesh_device, sequence_parallel_size  refused together in stages 0 to 2
                ds_quant_scale, is_deepcompile_active  the same
 

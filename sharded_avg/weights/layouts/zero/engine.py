@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -73,9 +73,9 @@ def refuse(engine: Any) -> None:
             f"{type(engine).__name__} is not a DeepSpeedEngine; {hint}"
             "pass the engine that deepspeed.initialize returned"
         )
-    for is_so, what, remedy in _REFUSALS:
-        if is_so(engine):
-            raise UnsupportedModelError(f"cannot average this DeepSpeed engine: {what}; {remedy}")
+    for refusal in _REFUSALS:
+        if refusal.is_so(engine):
+            raise UnsupportedModelError(f"cannot average this DeepSpeed engine: {refusal.reason}; {refusal.remedy}")
 
 
 def uses_autotp(engine: Any) -> bool:
@@ -109,6 +109,13 @@ def writes_checkpoints(engine: Any) -> bool:
     return not is_a(engine, "DeepSpeedEngine") or need(engine, "checkpoint_engine") is not None
 
 
+def _weights_in_files(engine: Any) -> bool:
+    """Whether some do not fit into `max_in_cpu` elements: trained ones have no flat buffer then."""
+    homes = (getattr(param, "ds_tensor", None) for param in engine.module.parameters())
+    in_files = any(getattr(home, "final_location", None) == "nvme" for home in homes)
+    return in_files or any(flat is None for flat in getattr(engine.optimizer, "fp16_partitioned_groups_flat", ()))
+
+
 def _unknown_optimizer(engine: Any) -> bool:
     optimizer = engine.optimizer
     if never_steps(engine):
@@ -116,29 +123,44 @@ def _unknown_optimizer(engine: Any) -> bool:
     return not kind(optimizer) and (engine.zero_optimization_stage() > 0 or is_a(optimizer, "DeepSpeedOptimizer"))
 
 
-# (whether it is so, what and why, what to do); asked in this order
-_REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
-    (
+class _Refusal(NamedTuple):
+    is_so: Callable[[Any], bool]
+    reason: str  # what, and why
+    remedy: str
+    read_in: str  # the release of DeepSpeed, and the file in it, in which the reason was last looked for
+
+
+def _read(file: str) -> str:
+    return f"0.19.8, {file}"
+
+
+# Asked in this order.
+_REFUSALS = (
+    _Refusal(
         lambda engine: is_a(engine, "PipelineEngine"),
         "under pipeline parallelism each rank has another part of the model, and no group of ranks has all of it",
         "train with ZeRO 1, 2 or 3 without a PipelineModule",
+        _read("runtime/pipe/module.py"),
     ),
-    (
+    _Refusal(
         lambda engine: is_a(engine, "DeepSpeedHybridEngine"),
         "the hybrid engine keeps further copies of the weights for generation, which an exchange would miss",
         "set hybrid_engine.enabled to false",
+        _read("runtime/hybrid_engine.py"),
     ),
-    (
+    _Refusal(
         lambda engine: bool(getattr(engine, "has_moe_layers", False)),
         "experts under one name differ from rank to rank",
         "train without DeepSpeed's MoE layers, or average the dense part in a model of its own",
+        _read("moe/experts.py"),
     ),
-    (
+    _Refusal(
         lambda engine: getattr(engine, "mp_world_size", 1) > 1 and not uses_autotp(engine),
         "tensor parallelism by an mpu of your own cuts the parameters, and nothing says along which dim",
         "use AutoTP (tensor_parallel.autotp_size), data parallelism only, or FSDP2 with tensor parallelism",
+        _read("runtime/engine.py"),
     ),
-    (
+    _Refusal(
         lambda engine: (
             engine.zero_optimization_stage() < 3
             and getattr(engine, "mesh_device", None) is not None
@@ -147,47 +169,47 @@ _REFUSALS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
         "with mesh_param, DeepSpeed reduces gradients over the data-parallel ranks only in stages 0 to 2, so that the "
         "masters of sequence-parallel ranks differ",
         "use stage 3, or pass sequence parallelism as an mpu",
+        _read("utils/groups.py"),
     ),
-    (
+    _Refusal(
         lambda engine: (
             bool(getattr(engine, "zenflow", False)) or is_a(engine.optimizer, "SuperOffloadOptimizer_Stage3")
         ),
         "ZenFlow and SuperOffload step parts of the masters later, on the CPU, so they are never all of one step",
         "turn zero_optimization.zenflow and offload_optimizer.super_offload off",
+        _read("runtime/zenflow/zenflow_stage_1_and_2.py"),
     ),
-    (
-        lambda engine: bool(getattr(engine.optimizer, "swap_optimizer", False)),
-        "its fp32 masters are in files (offload_optimizer to NVMe): DeepSpeed reads a sub-group at a time in step() "
-        "and drops it again, so an update would read all of them from the disk a second time, and the average, which "
-        "is as large, would have to be taken in a sub-group at a time inside DeepSpeed's step",
-        'use {"device": "cpu"} for offload_optimizer',
+    _Refusal(
+        lambda engine: bool(getattr(engine.optimizer, "params_in_nvme_and_cpu", False)) and _weights_in_files(engine),
+        "low-precision weights are in files between uses (offload_param to NVMe), where a swap cannot write averages "
+        "into them",
+        'raise offload_param.max_in_cpu until all of them fit, or use {"device": "cpu"}, or none',
+        _read("runtime/swap_tensor/partitioned_param_swapper.py"),
     ),
-    (
-        lambda engine: bool(getattr(engine.optimizer, "params_in_nvme_and_cpu", False)),
-        "its low-precision weights are in files between uses (offload_param to NVMe), where a swap cannot write "
-        "averages into them; its fp32 masters are in memory",
-        'use {"device": "cpu"} for offload_param, or none',
-    ),
-    (
+    _Refusal(
         lambda engine: is_a(engine.optimizer, "MiCS_Optimizer"),
         "MiCS is untested here, and DeepSpeed has removed it",
         "use ZeRO 3, perhaps with zero_hpz_partition_size",
+        _read("runtime/config.py"),
     ),
-    (
+    _Refusal(
         lambda engine: any(
             hasattr(getattr(param, "ds_tensor", None), "ds_quant_scale") for param in engine.module.parameters()
         ),
         "frozen weights are stored quantized (zero_quantized_nontrainable_weights)",
         "turn that option off",
+        _read("runtime/zero/stage3.py"),
     ),
-    (
+    _Refusal(
         lambda engine: bool(getattr(engine, "is_deepcompile_active", bool)()),
         "DeepCompile gathers parameters in compiled code that cannot be told to forget",
         "turn it off",
+        _read("compile/init_z3.py"),
     ),
-    (
+    _Refusal(
         _unknown_optimizer,
         "its optimizer class is not known here, so the masters cannot be found",
         "use ZeRO 1, 2 or 3 with bf16, fp16 or fp32 and an ordinary optimizer",
+        _read("runtime/base_optimizer.py"),
     ),
 )

@@ -31,6 +31,7 @@ class Partitioned(AbstractWeights):
 
     def __init__(self, engine: Any) -> None:
         self._engine, self._optimizer = engine, engine.optimizer
+        self._files: dict[int, Tensor] = {}  # by sub-group, 1D: its masters, where DeepSpeed keeps them in a file
         for name in ("persistent_parameters", "empty_partition_cache"):
             need(self._optimizer, name)
         for param in self._params():
@@ -101,7 +102,20 @@ class Partitioned(AbstractWeights):
         if never_steps(self._engine):
             return iter(())
         attributes = ("fp16_groups", "fp16_partitioned_groups_flat", "fp32_partitioned_groups_flat")
-        return zip(*(need(self._optimizer, name) for name in attributes), strict=True)
+        groups = zip(*(need(self._optimizer, name) for name in attributes), strict=True)
+        return ((*rest, self._in_file(index, master)) for index, (*rest, master) in enumerate(groups))
+
+    def _in_file(self, index: int, master: Any) -> Tensor:
+        """A sub-group's masters; see the Note on masters in files."""
+        if not getattr(self._optimizer, "swap_optimizer", False):
+            return master
+        if not need(self._optimizer, "_swappable_optimizer_subgroup")(index):
+            return master
+        if index not in self._files:
+            info = need(need(self._optimizer, "optimizer_swapper"), "swap_params_info")[master.ds_id]
+            path, numel = need(info, "get_swap_paths")()[0], need(info, "numel")()
+            self._files[index] = torch.from_file(path, shared=True, size=numel, dtype=master.dtype)
+        return self._files[index]
 
 
 def _cut(param: Any, master: Tensor | None) -> Piece:
