@@ -105,14 +105,14 @@ class Partitioned(AbstractWeights):
         groups = zip(*(need(self._optimizer, name) for name in attributes), strict=True)
         return ((*rest, self._in_file(index, master)) for index, (*rest, master) in enumerate(groups))
 
-    def _in_file(self, index: int, master: Any) -> Tensor:
+    def _in_file(self, index: int, master: Tensor) -> Tensor:
         """A sub-group's masters; see the Note on masters in files."""
         if not getattr(self._optimizer, "swap_optimizer", False):
             return master
         if not need(self._optimizer, "_swappable_optimizer_subgroup")(index):
             return master
         if index not in self._files:
-            info = need(need(self._optimizer, "optimizer_swapper"), "swap_params_info")[master.ds_id]
+            info = need(need(self._optimizer, "optimizer_swapper"), "swap_params_info")[need(master, "ds_id")]
             path, numel = need(info, "get_swap_paths")()[0], need(info, "numel")()
             self._files[index] = torch.from_file(path, shared=True, size=numel, dtype=master.dtype)
         return self._files[index]
