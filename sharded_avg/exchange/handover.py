@@ -63,6 +63,8 @@ def copy_to_model(
     left = "This rank's raw weights are back" if undo is not None else _PARTLY
     try:
         with all_or_none(state.group, doing, left=left):
+            if undo is not None:
+                undo.are_replaced = True
             for shard in state.members.averaged:
                 average = state.store.view(name, shard.name)
                 if factor != 1:

@@ -99,11 +99,16 @@ class Weights:
             return
         with self._moving(), torch.inference_mode(False):
             self._kept = self.average.raw_weights(self.main)
-            try:
-                self.average.copy_to_model(self.main, undo=self._kept)
-            except BaseException:  # undone
+            self._put_in(self._kept)
+
+    def _put_in(self, kept: RawWeights) -> None:
+        try:
+            self.average.copy_to_model(self.main, undo=kept)
+        except BaseException:
+            # Undone; unless Ctrl-C came when all was done: then the average is in the model, and these are needed.
+            if not kept.are_replaced:
                 self._kept = None
-                raise
+            raise
 
     def unfinish(self) -> bool:
         """Collective: all ranks must call. Raw weights back for more training; False if the model has other ones."""
@@ -172,4 +177,4 @@ class Weights:
             self.enter(self._in_swap)
         elif self._kept is not None and is_raw:
             with self._moving(), torch.inference_mode(False):
-                self.average.copy_to_model(self.main, undo=self._kept)
+                self._put_in(self._kept)

@@ -17,12 +17,17 @@ from ..shard import Shard
 _ATTEMPTS = 3  # at bringing raw weights back
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class RawWeights:
-    """This rank's pieces of the raw weights, by name: what forward read, and the master where there is one."""
+    """This rank's pieces of the raw weights, by name: what forward read, and the master where there is one.
+
+    `are_replaced` from when averages begin to go into the model until these are back: whoever catches an exception,
+    which may have come when all was done, sees whether they are needed still.
+    """
 
     average: str
     values: dict[str, list[Tensor]]
+    are_replaced: bool = False
 
 
 def set_aside(average: str, shards: Iterable[Shard]) -> RawWeights:
@@ -45,6 +50,7 @@ def bring_back(raw: RawWeights, shards: Iterable[Shard]) -> None:
         try:
             for live, value in todo:
                 live.copy_(value)
+            raw.are_replaced = False
             break
         except BaseException as error:
             failure = failure or error
