@@ -22,11 +22,9 @@ from ..gpu.parent import run_all
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 ROOMS_HERE = ("one process", "graphs", "speed")  # the others make process groups, and get a process of their own
-OF_ENGINES = (
-    *("engines.ddp", "engines.fsdp1_flat", "engines.fsdp2", "engines.tp"),
-    *("trainer.one_device", "trainer.skipped_steps", "trainer.model_parallel"),
-    *("zero.stage2_bf16", "zero.stage3_bf16"),
-)
+OF_ENGINES = ("engines.fsdp2", "trainer.skipped_steps", "zero.stage3_bf16")  # one of each room
+THE_OTHERS = ("engines.ddp", "engines.fsdp1_flat", "engines.tp", "trainer.one_device", "trainer.model_parallel")
+THE_OTHERS += ("zero.stage2_bf16",)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # said by the thread of an async_save
@@ -37,14 +35,17 @@ def test_checks_that_need_no_gpu(name: str) -> None:
 
 
 @pytest.mark.own_processes
-def test_checks_of_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [OF_ENGINES, pytest.param(THE_OTHERS, marks=pytest.mark.further)], ids=["cover", "others"]
+)
+def test_checks_of_engines(names: tuple[str, ...], tmp_path: Path) -> None:
     """In one process of their own, which takes less time than the rooms that they have on a GPU."""
     results = tmp_path / "results"
-    command = [sys.executable, "-m", "tests.gpu.child", str(results), "cpu", *OF_ENGINES]
+    command = [sys.executable, "-m", "tests.gpu.child", str(results), "cpu", *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [record for record in map(json.loads, results.read_text().splitlines()) if "begun" not in record]
-    assert [record["name"] for record in found] == list(OF_ENGINES)
+    assert [record["name"] for record in found] == list(names)
     failed = [f"{record['name']}: {record['details']}" for record in found if record["status"] == "FAILED"]
     assert not failed, "\n".join(failed)
 

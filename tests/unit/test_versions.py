@@ -38,6 +38,15 @@ def test_the_pinned_version_is_within(package: str) -> None:
     assert oldest <= tuple(map(int, pinned[1].split("."))) <= newest
 
 
+@pytest.mark.parametrize("where", ["dev", "docs", "plots", "progress", "safetensors", "lightning", "deepspeed"])
+def test_what_make_installs_is_pinned(where: str) -> None:
+    """Else a release of a tool could turn `make lint` or `make docs` red, where nothing of ours has changed."""
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    asked = {re.split(r"[\[><=]", text)[0] for text in toml_list(where)} - {"sharded-avg"}
+    assert asked <= pinned
+    assert {"build", "nox", "setuptools", "wheel"} <= pinned  # the Makefile's own
+
+
 @pytest.mark.parametrize(
     ("version", "old"),
     [
