@@ -14,29 +14,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError
 from ..files.source import AbstractSource, TensorInfo
 from ..formats.open import StrPath, open_source
 from ..saved.manifest import FORMAT
 from ..saved.sources import SavedAverages, saved_averages
 from .shares import told_by
+from .sums.profile_plot import draw_shares, require_matplotlib
 
-_STRETCHES = 10  # of a profile
+_STRETCHES, _DRAWN = 10, 100  # of a profile: told, and in a picture
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
-def describe(path: StrPath, *, tensors: bool = False, profile: bool = False) -> dict[str, Any]:
+def describe(path: StrPath, *, tensors: bool = False, stretches: int = 0) -> dict[str, Any]:
     """What a path holds: "path", "format", "averages", "num_tensors", "num_parameters", "num_bytes", "dtypes", ...
 
     "averages" maps names to "n_averaged", "rule" and "updates", as far as they are known, and is empty for plain
     weights. For rules of this package there are "decay" (the share that stayed at the latest update) and "horizon"
-    (the effective number of updates in the average), too, and with `profile` "profile", the share of each tenth of
-    the steps. Numbers are of one average. With `tensors`, names, shapes and dtypes come too. Nothing but the index
+    (the effective number of updates in the average), too, and "profile", the share of each of so many equal `stretches`
+    of the steps. Numbers are of one average. With `tensors`, names, shapes and dtypes come too. Nothing but the index
     is read. Raises `CheckpointError` for what cannot be read.
     """
     saved = saved_averages(Path(path))
     if saved is not None:
-        return _of_saved(path, saved, tensors, _STRETCHES * profile)
-    return _of_source(path, open_source(path), tensors, _STRETCHES * profile)
+        return _of_saved(path, saved, tensors, stretches)
+    return _of_source(path, open_source(path), tensors, stretches)
 
 
 def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool, stretches: int) -> dict[str, Any]:
@@ -68,14 +70,14 @@ def _of_saved(path: StrPath, saved: SavedAverages, tensors: bool, stretches: int
 def _of_source(path: StrPath, source: AbstractSource, tensors: bool, stretches: int) -> dict[str, Any]:
     facts = source.facts
     average = facts.get("average")
-    record = {key: facts[key] for key in ("n_averaged", "rule", "updates") if key in facts}
-    record |= told_by(record, stretches)
+    own = {key: facts[key] for key in ("n_averaged", "rule", "updates") if key in facts}
+    records = facts.get("averages", {} if average is None else {average: own})
     aliases = facts.get("aliases", {})
     return {
         "path": os.fspath(path),
         "format": facts.get("format"),
         "step": facts.get("step"),
-        "averages": {} if average is None else {average: record},
+        "averages": {name: record | told_by(record, stretches) for name, record in records.items()},
         "aliases": aliases,
         "provenance": facts.get("provenance", {}),
         "extra": list(source.extra),
@@ -166,9 +168,20 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.add_argument("--tensors", action="store_true", help="names, shapes and dtypes too")
     parser.add_argument("--profile", action="store_true", help="which share of an average each stretch of steps has")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw that")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
-    found = describe(args.src, tensors=args.tensors, profile=args.profile)
+    if args.plot is not None:
+        require_matplotlib()
+        drawn = describe(args.src, stretches=_DRAWN)["averages"]
+        profiles = {name: record["profile"] for name, record in drawn.items() if "profile" in record}
+        if not profiles:
+            raise ConfigError(
+                f"--plot {str(args.plot)!r}: of no average in {args.src!r} is it known what it is made of: there is "
+                "none, none has begun, or their rules are functions or another tool's"
+            )
+        draw_shares(profiles, args.plot)
+    found = describe(args.src, tensors=args.tensors, stretches=_STRETCHES if args.profile else 0)
     print(json.dumps(found, indent=1) if args.json else table(found))

@@ -28,6 +28,7 @@ from sharded_avg.lightning import WeightAveraging
 from .modules import NUM_BATCHES, Tiny
 from .reference import Weights, assert_same, plain_average, plain_loss, raw_after, with_weights
 from .runs import full_weights, module, run, trainer
+from .saved_files import inspected
 from .strategies import STRATEGIES, among
 from .watching import At, Looks
 
@@ -140,6 +141,10 @@ def test_several_averages(name: str, tmp_path: Path) -> None:
             }
     if STRATEGIES[name].world_size == 1:  # a file
         assert load_averaged_state_dict(tmp_path / "last.ckpt").keys() == average.keys()
+        told = inspected(tmp_path / "last.ckpt")["averages"]
+        assert {who: record["decay"] for who, record in told.items()} == pytest.approx(
+            {"short": SHORT, "long": 0.9, "latest": 1 - 1 / LAST}
+        )
     logged = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert set(wanted[0]) <= set(logged)
 

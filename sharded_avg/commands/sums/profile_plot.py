@@ -1,7 +1,8 @@
-"""A picture of the profile that was wanted, and of the one that is reached."""
+"""Pictures of profiles: which share of an average each moment of training has; wanted, reached, or saved."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,23 @@ def draw_profiles(mixture: Mixture, path: Path) -> None:
     axes.set_xlabel("update")
     axes.set_ylabel("share of the average")
     axes.legend()
+    _write(figure, path)
+
+
+def draw_shares(profiles: Mapping[str, Sequence[tuple[int, int, float]]], path: Path) -> None:
+    """The same of saved averages by name: (first step, last step, share) of each stretch."""
+    figure = require_matplotlib().Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, stretches in profiles.items():
+        per_step = [share / (last - first + 1) for first, last, share in stretches]
+        axes.stairs(per_step, [stretches[0][0], *(last + 1 for _, last, _ in stretches)], label=name, linewidth=2)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("share of the average, per step")
+    axes.legend()
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     format = path.suffix.removeprefix(".") or "png"
     if format not in figure.canvas.get_supported_filetypes():
         raise ConfigError(

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from ...errors import CheckpointError
 from ...files.facts import METADATA_KEY
 from ...files.source import AbstractSource
 from ...files.stored import Stored
+from ...saved.manifest import Manifest
 from ...saved.plain import decode, encode
 from ...weights.names import clean
 from .base import AbstractImporter, Content, Names, ema_rule, in_order, is_state, numbered
@@ -55,9 +57,24 @@ class LightningImporter(AbstractImporter):
         where = "averaging_state" if content.at("averaging_state") is not None else METADATA_KEY
         n_averaged = self.started(content, content.number(f"{where}.n_averaged"))
         step = content.number("global_step")
-        source = self.found(content, content.under(self.place(content)), n_averaged=n_averaged, step=step)
+        facts = {"n_averaged": n_averaged, "step": step, **self._told(content)}
+        source = self.found(content, content.under(self.place(content)), **facts)
         source.extra = dict(self._extra(content.at("state_dict") or {}))
         return source
+
+    def _told(self, content: Content) -> dict[str, Any]:
+        """What the manifest says that our callback leaves: rule and steps, and where there are several, of each."""
+        try:
+            manifest = Manifest.from_json(content.at(f"{METADATA_KEY}.manifest"))
+        except CheckpointError:  # Lightning's own callback leaves none, a later version another one
+            return {}
+        records = {
+            name: {"n_averaged": record.n_averaged, "rule": dict(record.rule), "updates": record.updates}
+            for name, record in manifest.averages.items()
+        }
+        if len(records) == 1:
+            return next(iter(records.values()))
+        return {"averages": records, **records.get(next(iter(self.named(content)), ""), {})}
 
     @staticmethod
     def _extra(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:

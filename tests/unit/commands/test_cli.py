@@ -94,6 +94,13 @@ def test_inspect_tells_decay_and_horizon(tmp_path, capsys):
     assert re.search(r"steps +share of swa\n +2..3 +14.3 %\n", told)
     assert re.search(r"average +updates +rule +decay +horizon", told)
     assert re.search(r"swa +7 +SWA\(\) +0.857143 +7\n", told)
+    assert main(["inspect", str(tmp_path / "average"), "--plot", str(tmp_path / "shares.svg")]) == 0
+    assert len(re.findall("<path", (tmp_path / "shares.svg").read_text())) > len(rules)
+    assert main(["inspect", str(tmp_path / "average"), "--plot", str(tmp_path / "shares.doc")]) == 2
+    assert "no picture has the ending" in capsys.readouterr().err
+    torch.save(net.state_dict(), tmp_path / "plain.pt")
+    assert main(["inspect", str(tmp_path / "plain.pt"), "--plot", str(tmp_path / "shares.svg")]) == 2
+    assert "is it known what it is made of" in capsys.readouterr().err
     for rule in ({"kind": "of a later version"}, {"kind": "EMA", "decay": 7}, {"kind": "CustomRule", "function": "f"}):
         assert told_by({"rule": rule, "n_averaged": 7, "updates": [[2, 14, 2]]}) == {}
 
