@@ -10,6 +10,7 @@ import pytest
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from sharded_avg import EMA
 from sharded_avg.lightning import EMAWeightAveraging, WeightAveraging
 
 from .modules import Tiny, batches
@@ -52,6 +53,21 @@ def test_other_arguments(tmp_path: Path) -> None:
     assert_same(seen["average"], seen["weights"][-1] | {name: halved[name] for name in kept})
     seen = fit_and_look(tmp_path, "single", callback=WeightAveraging())
     assert_same(seen["average"], mean_of(seen["weights"][1:]))
+
+
+class EverySecond(WeightAveraging):
+    """The schedule is the callback's, and the horizon the rule's."""
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return step_idx is not None and step_idx % 2 == 1
+
+
+@pytest.mark.own_processes
+def test_a_half_life_is_in_steps_under_any_stride(tmp_path: Path) -> None:
+    """Two steps lie between updates, so that each leaves 2^(-2/3) of the average."""
+    seen = fit_and_look(tmp_path, "single", callback=EverySecond(rule=EMA.from_half_life(3)))
+    assert seen["counts"] == (NUM_STEPS // 2, NUM_STEPS)
+    assert_same(seen["average"], taken_in([2, 4, 6, 8], seen["weights"], decay=(2 ** (-1 / 3)) ** 2))
 
 
 def _halved(averaged: Tensor, current: Tensor, num_averaged: int) -> Tensor:
