@@ -117,7 +117,8 @@ def main() -> None:
         print(f"validation loss: raw {raw:.4f}, averaged {averaged:.4f} nats per byte")
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters() if p.requires_grad)
         print(f"{average.nbytes / trained:.2f} bytes of average on rank 0 for each of {trained:,} parameters")
-        print(", ".join(f"{part} {1000 * clock.median_s(part):.2f} ms" for part in ("micro-batch", "update", "swap")))
+        micro, update, swap = (clock.median_s(part) for part in ("micro-batch", "update", "swap"))
+        print(f"micro-batch {1000 * micro:.0f} ms; update {update / micro:.2%} of that, swap {swap / micro:.0%}")
     leave()
 
 
