@@ -160,9 +160,13 @@ class TwoOptimizersHooks(TinyHooks):
 class Tiny(TinyHooks, lightning.LightningModule):
     """See TinyHooks."""
 
+    __init__ = TinyHooks.__init__  # of its own: after a ZeRO 3, DeepSpeed 0.16.9 gives others their base module's
+
 
 class TwoOptimizers(TwoOptimizersHooks, lightning.LightningModule):
     """See TwoOptimizersHooks."""
+
+    __init__ = TwoOptimizersHooks.__init__
 
 
 @functools.cache
@@ -171,7 +175,8 @@ def of_package(kind: type[TinyHooks], package: str) -> Any:
     if package == lightning.__name__:
         return kind
     hooks = next(base for base in kind.__mro__ if base.__name__.endswith("Hooks"))
-    return type(kind.__name__, (hooks, importlib.import_module(package).LightningModule), {})
+    own = {"__init__": hooks.__init__}
+    return type(kind.__name__, (hooks, importlib.import_module(package).LightningModule), own)
 
 
 def shard(module: Any, mesh: Any) -> None:
