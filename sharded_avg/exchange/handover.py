@@ -102,7 +102,11 @@ def restore_raw(state: State, raw: RawWeights) -> bool:
     with all_or_none(state.group, "comparing live weights with averages") as part:
         if not isinstance(raw, RawWeights):
             raise ConfigError(f"raw={raw!r}: must be what raw_weights() returned")
-        part.asked = state.asks("restore_raw()")
+        if not raw.values:
+            raise ConfigError(
+                "raw holds no weights: it is not what raw_weights() returned any more. Nothing was changed"
+            )
+        part.asked = state.asks(f"restore_raw() of {len(raw.values)} tensors")
         state.refuse_while_swapped("restore_raw()")
         state.arrange()
         state.layout.release()

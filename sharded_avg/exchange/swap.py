@@ -213,6 +213,11 @@ def _leave(state: State, name: str, within: _Within, error: BaseException | None
         failure = caught
     try:
         came = _republish(state, error or failure)
+    except BaseException as lost:
+        if error is None:
+            raise
+        add_note(error, f"spreading the raw weights over the replicas failed, too: {lost!r}")
+        return
     finally:
         within.versions.leave()
     if came:

@@ -8,6 +8,9 @@ Ranks of one group count their meetings alike. At each of them
              one whose patience ended the names of those that did not come. There is one verdict; all ranks follow it
 
 So a rank that fails waits for nobody, one that comes late reads what has happened, and ranks are never of two minds.
+
+A local part takes its place before it runs, so that meetings inside of it (it may run a user's code) are below that: a
+rank that waits in one of them looks at the verdicts above, too, and all ranks go on counting alike.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import pickle
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -29,6 +33,7 @@ from .groups import rank_in, size_of
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S, _PAUSE_S_PER_RANK = 0.0005, 0.02, 0.0001
 _store: Any = None  # the job's
 _num_meetings: Counter[str] = Counter()  # by group, in this store
+_around: list[_Point] = []  # local parts that are under way here, the innermost last
 
 Decide = Callable[[list[Any]], Any]
 UNDONE = "This rank undid its part"
@@ -63,19 +68,20 @@ def meet(
     doing: str,
     patience_s: float | None = None,
     interrupted_s: float | None = None,
+    point: _Point | None = None,
 ) -> Verdict:
     """Collective: all ranks must call. `decide` runs on rank 0, on what all ranks have said.
 
     A rank with an `error` returns at once; the verdict may be another rank's. Picklable values only, and small ones.
     `interrupted_s`: how long a rank still waits after Ctrl-C, which is raised later then; not at all by default.
+    `point`: the place that was taken for it, if one was.
     """
-    me, num_ranks = rank_in(group) if group is not None else 0, size_of(group)
-    if num_ranks == 1:
+    if size_of(group) == 1:
         return Verdict(failed=(0, repr(error))) if error is not None else _decided(decide, [(doing, said)])
-    point = _Point(group, me, num_ranks)
+    point = _Point(group, doing) if point is None else point
     try:
         if error is not None:
-            return point.claim(Verdict(failed=(me, repr(error))))
+            return point.claim(Verdict(failed=(point.me, repr(error))))
         point.say((doing, said))
         return point.wait(decide, bounds.PATIENCE_S if patience_s is None else patience_s, interrupted_s)
     except dist.DistError as failure:  # the process that kept the store has ended
@@ -86,6 +92,20 @@ def meet(
     finally:
         with contextlib.suppress(dist.DistError):
             point.leave()
+
+
+@contextmanager
+def place_taken(group: dist.ProcessGroup | None, doing: str) -> Iterator[_Point | None]:
+    """Where ranks will meet when the local part inside is done; `None` where there is one rank."""
+    if size_of(group) == 1:
+        yield None
+        return
+    point = _Point(group, doing)
+    _around.append(point)
+    try:
+        yield point
+    finally:
+        _around.remove(point)
 
 
 def claim_once(key: str, owner: str) -> str:
@@ -100,21 +120,25 @@ def _job_store() -> Any:
 class _Point:
     """One meeting of one group."""
 
-    def __init__(self, group: dist.ProcessGroup | None, me: int, num_ranks: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, doing: str) -> None:
         global _store
         store = _job_store()
         if store is not _store:  # another job of the same process
             _store = store
             _num_meetings.clear()
+        self.me, self.group, self.doing = rank_in(group), group, doing
+        self._ranks = dist.get_process_group_ranks(group)
+        self._outer = [point for point in _around if set(self._ranks) <= set(point._ranks)]
+        self._num_inside: Counter[str] = Counter()
         name = "world" if group is None or group is dist.group.WORLD else group.group_name
-        ranks = dist.get_process_group_ranks(group)
-        name = f"{name}/{zlib.crc32(repr(ranks).encode()):08x}"  # groups that lie side by side may share a name
-        _num_meetings[name] += 1
-        self._key = f"sharded_avg/{name}/{_num_meetings[name]}"
-        self._store, self._me, self._num_ranks = store, me, num_ranks
+        name = f"{name}/{zlib.crc32(repr(self._ranks).encode()):08x}"  # groups that lie side by side may share a name
+        counts = self._outer[-1]._num_inside if self._outer else _num_meetings
+        counts[name] += 1
+        self._key: str = f"{self._outer[-1]._key if self._outer else 'sharded_avg'}/{name}/{counts[name]}"
+        self._store, self._num_ranks = store, len(self._ranks)
 
     def say(self, said: Any) -> None:
-        self._store.set(f"{self._key}/said/{self._me}", pickle.dumps(said))
+        self._store.set(f"{self._key}/said/{self.me}", pickle.dumps(said))
         self._store.add(f"{self._key}/arrived", 1)
 
     def wait(self, decide: Decide, patience_s: float, interrupted_s: float | None) -> Verdict:
@@ -124,11 +148,13 @@ class _Point:
         longest_s = max(_LONGEST_PAUSE_S, _PAUSE_S_PER_RANK * self._num_ranks)
         try:
             while not self._store.check([f"{self._key}/verdict"]):
+                if (failed_around := self._around_failed()) is not None:
+                    return self.claim(Verdict(error=failed_around))
                 if (interruption := interrupts.take_noted()) is not None:
                     if interrupted_s is None or held is not None:
                         raise interruption
                     held, deadline = interruption, min(deadline, time.monotonic() + interrupted_s)
-                if self._me == 0 and self._store.add(f"{self._key}/arrived", 0) == self._num_ranks:
+                if self.me == 0 and self._store.add(f"{self._key}/arrived", 0) == self._num_ranks:
                     return self.claim(lambda: _decided(decide, self._all_said()))
                 if time.monotonic() >= deadline:
                     return self.claim(lambda: Verdict(absent=tuple(self._absent())))
@@ -136,14 +162,21 @@ class _Point:
                 pause_s = min(2 * pause_s, longest_s)
             return self._verdict()
         except BaseException as failure:
-            verdict = self.claim(Verdict(failed=(self._me, repr(failure))))
-            if verdict.failed is not None and verdict.failed[0] == self._me:
+            verdict = self.claim(Verdict(failed=(self.me, repr(failure))))
+            if verdict.failed is not None and verdict.failed[0] == self.me:
                 raise
             interrupts.note(failure)  # the others go on, and so must this rank, until it can tell them
             return verdict
         finally:
             if held is not None:
                 interrupts.note(held)
+
+    def _around_failed(self) -> PeerError | None:
+        """Whether a rank has failed in a local part that this meeting is in: it will not come here."""
+        for outer in self._outer:
+            if self._store.check([f"{outer._key}/verdict"]):
+                return _peer_error(outer._verdict(), outer.group, outer.doing, UNDONE)
+        return None
 
     def claim(self, verdict: Verdict | Callable[[], Verdict]) -> Verdict:
         """The verdict: this one, if none was claimed before. What makes it runs only then."""
@@ -152,7 +185,7 @@ class _Point:
         try:
             made = verdict() if callable(verdict) else verdict
         except BaseException as failure:
-            self._store.set(f"{self._key}/verdict", pickle.dumps(Verdict(failed=(self._me, repr(failure)))))
+            self._store.set(f"{self._key}/verdict", pickle.dumps(Verdict(failed=(self.me, repr(failure)))))
             raise
         self._store.set(f"{self._key}/verdict", pickle.dumps(made))
         return made
@@ -203,12 +236,15 @@ def agree(
     doing: str,
     asked: Asked | None = None,
     left: str = UNDONE,
+    point: _Point | None = None,
 ) -> None:
     """Collective: all ranks must call. Raise on every rank if any rank brings an `error`, or asks for something else.
 
     A rank raises its own error, and `PeerError` for another's, which says with `left` how this rank was left.
     """
-    verdict = meet(group, asked or Asked(), lambda all_asked: _require_one(all_asked, group, doing), error, doing)
+    verdict = meet(
+        group, asked or Asked(), lambda all_asked: _require_one(all_asked, group, doing), error, doing, point=point
+    )
     answer_of(verdict, error, group, doing, left)
 
 

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, ShardedAvgError
 from . import bounds
 from .groups import comm_device, rank_in, size_of
 from .interrupts import collective, interruptible, uninterrupted
-from .meeting import UNDONE, Asked, agree, answer_of, meet
+from .meeting import UNDONE, Asked, agree, answer_of, meet, place_taken
 from .traffic import traffic
 
 Said = TypeVar("Said")
@@ -54,12 +54,13 @@ def all_or_none(
     part, error = Part(), None
     part.asked = asked
     with uninterrupted():
-        try:
-            with nullcontext() if to_its_end else interruptible():
-                yield part
-        except BaseException as failure:
-            error = failure
-        agree(group, error, doing, part.asked, left)
+        with place_taken(group, doing) as point:
+            try:
+                with nullcontext() if to_its_end else interruptible():
+                    yield part
+            except BaseException as failure:
+                error = failure
+        agree(group, error, doing, part.asked, left, point)
 
 
 @collective

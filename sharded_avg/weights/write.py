@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ranks import all_or_none, collective
+from ..ranks import all_or_none, collective, everyone
 from ..shard import take
 from .aside import live_tensors
 from .layouts.base import AbstractLayout
@@ -22,8 +22,11 @@ def write_live(model: nn.Module, full: Mapping[str, Tensor]) -> list[str]:
     """Collective: all ranks must call. Each rank copies its own pieces; returns the names that `full` lacks.
 
     Names are those of the unwrapped model's `state_dict()`; masters are written too. What `full` lacks stays.
+    All ranks of the job, whichever hold the model together.
     """
-    layout, doing = detect(model), "writing full tensors into the live model"
+    doing = "writing full tensors into the live model"
+    with all_or_none(everyone(None), doing):  # which ranks hold the model is known afterwards only
+        layout = detect(model)
     with all_or_none(layout.group, doing):
         full = _under_own_names(layout, full)
         layout.release()

@@ -54,6 +54,11 @@ class AbstractLayout(ABC):
     def claims(cls, model: nn.Module) -> bool:
         """Whether this layout recognises `model`; must not import the engine to find out."""
 
+    @classmethod
+    def waits_in_forward(cls, model: nn.Module) -> bool:
+        """Whether ranks wait for each other in a forward of `model`, which `claims` has recognised."""
+        return True
+
     @abstractmethod
     def shards(self) -> list[Shard]:
         """This rank's live pieces; call `release()` first. Raises `UnsupportedModelError` for what it cannot cut."""

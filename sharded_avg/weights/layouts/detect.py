@@ -69,6 +69,14 @@ def layout_class(model: nn.Module) -> type[AbstractLayout]:
     return next(layout for layout in layouts() if layout.claims(model))
 
 
+def waits_in_forward(model: nn.Module) -> bool:
+    """Whether ranks wait for each other in a forward of `model`. Local."""
+    try:
+        return layout_class(model).waits_in_forward(_engine_in(model))
+    except UnsupportedModelError:  # a module that DeepSpeed has taken over, without its engine
+        return True
+
+
 def _engine_in(model: nn.Module) -> nn.Module:
     """The DeepSpeedEngine inside whatever wraps it (Fabric, torch.compile); other layouts look for themselves."""
     return next((module for module in names.wrappers(model) if ZeroLayout.claims(module)), model)

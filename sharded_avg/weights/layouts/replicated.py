@@ -85,6 +85,10 @@ class ReplicatedLayout(AbstractLayout):
     def claims(cls, model: nn.Module) -> bool:
         return True
 
+    @classmethod
+    def waits_in_forward(cls, model: nn.Module) -> bool:
+        return False
+
     def adopt(self, averaged: Iterable[str]) -> None:
         if not self.publishes:
             return

@@ -62,6 +62,7 @@ class Subject:
     def live(self) -> State:
         """What this rank holds of raw weights and averages: the tensors themselves."""
         state, found = self.average._state, {}
+        state.layout.release()  # what a forward has gathered
         for shard in state.members.all:
             found[f"shard {shard.name}"] = shard.tensor
             if shard.working is not None:

@@ -20,7 +20,7 @@ from tests.helpers.pool import run_on_ranks
 
 from .calls import CALLS, Subject
 from .ends import Expected, Outcome, ended, judged, once_more, require_fine, told
-from .test_anywhere import COVER, ROWS, is_users
+from .test_anywhere import COVER, ROWS
 from .ways import WAYS, Way
 
 
@@ -46,9 +46,8 @@ def _all_ways(row: str, ways: str, folder: Path) -> list[Outcome]:
     subject, found = Subject(row, folder), []
     for name, way in WAYS[ways].items():
         for call in way.calls:
-            if not is_users(call, row):
-                for fails in (dist.get_world_size() - 1, 0):
-                    found.append(_one_way(subject, name, way, call, fails))
+            for fails in (dist.get_world_size() - 1, 0):
+                found.append(_one_way(subject, name, way, call, fails))
     return [outcome for outcome in found if outcome is not None]
 
 

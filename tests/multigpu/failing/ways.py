@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_avg.averages.state import swapped_models
+from sharded_avg.weights.aside import RawWeights
 
 from .calls import Request
 
@@ -82,6 +83,20 @@ def _disk(owner: Any, name: str) -> Change:
         undo.enter_context(pytest.MonkeyPatch.context()).setattr(owner, name, full)
 
     return change
+
+
+def _emptied(request: Request, _: ExitStack) -> None:
+    request.given = RawWeights(request.given.average, {})
+
+
+def _fewer(request: Request, _: ExitStack) -> None:
+    values = request.given.values
+    request.given = RawWeights(request.given.average, {name: values[name] for name in list(values)[1:]})
+
+
+def _second_raises(request: Request, _: ExitStack) -> None:
+    first, *others = request.batches
+    request.batches = (batch if index == 0 else _raise() for index, batch in enumerate([first, *others]))
 
 
 def _not_started(request: Request, _: ExitStack) -> None:
@@ -159,6 +174,8 @@ WAYS = {
         "another strict": Way(("load",), _options(strict=False)),
         "no raw weights": Way(("restore_raw",), _with(given=None)),
         "raw weights of another type": Way(("copy_to_model", "restore_raw"), _with(given="raw")),
+        "emptied raw weights": Way(("restore_raw",), _emptied, "ConfigError"),
+        "fewer raw weights": Way(("restore_raw",), _fewer),
         "no other average": Way(("take_from",), _with(given=None)),
     },
     "averages": {
@@ -180,6 +197,7 @@ WAYS = {
     "user": {
         "the block raises": Way(("swapped", "writeback", "writeback from all"), _with(inside=_raise, edit=_raise)),
         "batches raise": Way(("refreshed_batch_norm",), lambda r, _: setattr(r, "batches", map(_raise, [1]))),
+        "the second batch raises": Way(("refreshed_batch_norm",), _second_raises),
         "no batches": Way(("refreshed_batch_norm",), _with(batches=[])),
         "no model": Way(("refreshed_batch_norm", "averaged_buffers"), _with(model=None)),
         "another model": Way(("averaged_buffers",), _with(model=nn.BatchNorm1d(3))),

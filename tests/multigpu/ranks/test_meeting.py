@@ -63,6 +63,32 @@ def test_one_fails(error: BaseException):
 
 
 @on_ranks(2, 3)
+@pytest.mark.parametrize("inside", ["a part", "objects"])
+def test_a_meeting_inside_of_a_part_that_one_does_not_come_to(inside: str):
+    """It raises with that rank's words, and all ranks go on counting alike."""
+
+    def meet() -> None:
+        if inside == "a part":
+            local_part(None)
+        else:
+            gather_objects(dist.group.WORLD, 7)
+
+    for culprit in 10 * list(range(dist.get_world_size())):
+        mine = dist.get_rank() == culprit
+        began = time.monotonic()
+        with pytest.raises(InjectedError if mine else PeerError, match="mine") as caught:  # noqa: SIM117, PT012
+            with all_or_none(dist.group.WORLD, "going around"):
+                meet()
+                if mine:
+                    raise InjectedError("mine")
+                meet()
+        assert mine or f"rank {culprit} failed while going around" in str(caught.value)
+        assert time.monotonic() - began < 10
+        local_part(None)
+        assert gather_objects(dist.group.WORLD, dist.get_rank()) == list(range(dist.get_world_size()))
+
+
+@on_ranks(2, 3)
 def test_ranks_that_ask_for_different_things():
     rank = dist.get_rank()
     with pytest.raises(PeerError, match=r"rank\(s\) \[0\]: swapped\('a'\); rank\(s\) \[1.*\]: swapped\('b'\)"):

@@ -41,7 +41,7 @@ A missing one is an `EngineVersionError`. A test holds the code to this list, an
     unfused    fp16_groups, fp32_groups  stage 0 with any other optimizer; one master tensor for each parameter
     ZeRO 3     fp16_groups, fp16_partitioned_groups_flat, fp32_partitioned_groups_flat, persistent_parameters
                parameter_offload, fwd_pre_hook, empty_partition_cache
-    parameter  ds_tensor, ds_id, ds_shape, ds_numel, ds_process_group, ds_status, ds_persist, all_gather  stage 3
+    parameter  ds_tensor, ds_id, ds_shape, ds_numel, ds_process_group, ds_status, ds_persist  stage 3
                ds_secondary_tensor  stage 3 with zero_hpz_partition_size
                _hp_mapping  stages 1, 2: only whether it is there: destroy() ends it
     AutoTP     tensor_model_parallel  of a parameter that is cut

@@ -34,7 +34,7 @@ class ZeroLayout(AbstractLayout):
     def __init__(self, engine: Any) -> None:
         refuse(engine)
         self._engine, self.model = engine, need(engine, "module")
-        in_parts = kind(engine.optimizer) == STAGE_3 or is_a(engine.optimizer, STAGE_3_EVALUATION)
+        in_parts = self.waits_in_forward(engine)
         self._weights: AbstractWeights = Partitioned(engine) if in_parts else Replicated(engine)
         self.replica_set = replica_set_of(engine)
         self.group = self._weights.group if self.replica_set[1] == 1 else dist.group.WORLD
@@ -50,6 +50,11 @@ class ZeroLayout(AbstractLayout):
     def claims(cls, model: nn.Module) -> bool:
         """Whether `model` is a DeepSpeedEngine."""
         return is_a(model, "DeepSpeedEngine")
+
+    @classmethod
+    def waits_in_forward(cls, model: Any) -> bool:
+        """Whether parameters are in parts that forward gathers, as in stage 3."""
+        return kind(model.optimizer) == STAGE_3 or is_a(model.optimizer, STAGE_3_EVALUATION)
 
     def shards(self) -> list[Shard]:
         """Masters in memory order, then what has none.

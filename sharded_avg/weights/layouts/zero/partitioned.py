@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ....errors import UnsupportedModelError
+from ....ranks import all_or_none, comm_device, size_of, traffic
 from ....shard import Interval
+from ..base import STALE
 from .engine import STAGE_3_EVALUATION, is_a, need, never_steps
 from .piece import EMPTY, AbstractWeights, Piece
+from .run import SPREADING
 
 _PARAMETER_ATTRIBUTES = (
     "ds_tensor",
@@ -22,7 +26,6 @@ _PARAMETER_ATTRIBUTES = (
     "ds_status",
     "ds_persist",
     "ds_secondary_tensor",
-    "all_gather",
 )
 
 
@@ -83,13 +86,35 @@ class Partitioned(AbstractWeights):
             self._optimizer.empty_partition_cache()
 
     def publish(self) -> None:
-        self._optimizer.empty_partition_cache()
-        for param in self._params():
-            if param.ds_secondary_tensor is not None:
+        """Collective: all ranks must call. Drop what was gathered, and gather anew what stays gathered.
+
+        Not by DeepSpeed's own all_gather: a rank that fails in the middle of that leaves the others waiting.
+        """
+        with torch.no_grad():
+            try:
+                gathered = self._gathered()
+            except BaseException:  # which all ranks know of: what one of them still has whole is waited for, too
+                self._optimizer.empty_partition_cache()
+                raise
+            for one in gathered:  # cannot fail: a forward would wait for ranks that have it already
+                one.param.data = one.whole
+                one.param.ds_status = type(one.param.ds_status).AVAILABLE
+
+    def _gathered(self) -> list[_Gathered]:
+        """Collective: all ranks must call. What stays gathered, whole."""
+        with all_or_none(self.group, SPREADING, left=STALE):
+            self._optimizer.empty_partition_cache()
+            for param in self._params():
                 param.ds_secondary_tensor = None  # the second partition of hpZ, now stale: made anew at next use
-        if persistent := self._optimizer.persistent_parameters:
-            with torch.no_grad():
-                persistent[0].all_gather(persistent)
+            gathered = [_Gathered(param, self.group) for param in self._optimizer.persistent_parameters]
+        if gathered:
+            with traffic(self.group, SPREADING, STALE) as messages:
+                for one in gathered:
+                    messages.all_gather(partial(getattr, one, "sent"), partial(getattr, one, "received"))
+                    with messages.attempt():
+                        if one.whole.device != one.received.device:
+                            one.whole.copy_(one.received[: one.whole.numel()].view(one.whole.shape))
+        return gathered
 
     def replicas(self) -> list[tuple[nn.Parameter, Tensor]]:
         persistent = self._optimizer.persistent_parameters
@@ -116,6 +141,21 @@ class Partitioned(AbstractWeights):
             path, numel = need(info, "get_swap_paths")()[0], need(info, "numel")()
             self._files[index] = torch.from_file(path, shared=True, size=numel, dtype=master.dtype)
         return self._files[index]
+
+
+class _Gathered:
+    """Memory for one parameter that all ranks are to have whole."""
+
+    def __init__(self, param: Any, group: dist.ProcessGroup) -> None:
+        self.param, part = param, param.ds_tensor.detach()
+        device = comm_device(group, param.device)
+        self.sent = part.to(device)
+        self.received = torch.empty(size_of(group) * part.numel(), dtype=part.dtype, device=device)
+        shape, numel = torch.Size(param.ds_shape), param.ds_numel
+        is_here = device == param.device
+        self.whole = (
+            self.received[:numel].view(shape) if is_here else torch.empty(shape, dtype=part.dtype, device=param.device)
+        )
 
 
 def _cut(param: Any, master: Tensor | None) -> Piece:
