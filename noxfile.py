@@ -24,7 +24,7 @@ nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 FOLDERS = {"unit": "tests/unit", "ranks": "tests/multigpu", "lightning": "tests/lightning"}
 TOOLS = ("ema-pytorch", "jsonargparse[signatures]>=4.39", "matplotlib", "ninja", "numpy", "pytest>=8.4")
-TOOLS += ("pytest-timeout", "pytest-xdist", "safetensors", "scikit-learn", "setuptools", "tqdm", "wheel")
+TOOLS += ("pytest-timeout", "pytest-xdist", "safetensors", "scikit-learn", "setuptools>=77", "tqdm", "wheel")
 
 
 def oldest(package: str) -> str:

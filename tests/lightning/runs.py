@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tests.helpers.launch import run_python
 from tests.helpers.pool import run_on_ranks
 
-from .modules import Tiny, TinyHooks, of_package
+from .modules import OLDER_TORCH, Tiny, TinyHooks, of_package
 from .strategies import LIGHTNING, STRATEGIES
 
 SPAWNING_S = 280.0  # on an idle machine 20 s
@@ -80,7 +80,8 @@ def run(strategy_name: str, body: Callable[..., Any], /, tmp_path: Path, **argum
         return [body(tmp_path=tmp_path, **arguments)]
     if row.where == "fresh":
         return [_run_fresh(body, tmp_path, arguments)]
-    if row.where == "deepspeed" or row.world_size > 3:  # DeepSpeed and meshes of two dims keep groups for the next run
+    # DeepSpeed and meshes of two dims keep groups for the next run; older DTensors those of any mesh.
+    if row.where == "deepspeed" or row.world_size > 3 or OLDER_TORCH:
         return run_on_ranks(row.world_size, body, kind=row.where, tmp_path=tmp_path, **arguments)
     return run_on_ranks(row.world_size, _end_its_groups, body=body, arguments={"tmp_path": tmp_path, **arguments})
 

@@ -43,12 +43,13 @@ class Block(NamedTuple):
     code: str
 
 
-def blocks(page: str) -> Iterator[Block]:
+def blocks(page: str, drop: str = "-") -> Iterator[Block]:
+    """The snippets of a page; `drop` is the side of a diff that is left out."""
     text = (ROOT / page).read_text()
     for found in re.finditer(r"(<!-- ranks -->\n)?^```(python|diff)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         code = found[3]
         if found[2] == "diff":
-            code = "".join("\n" if line[0] == "-" else line[2:] + "\n" for line in code.splitlines())
+            code = "".join("\n" if line[0] == drop else line[2:] + "\n" for line in code.splitlines())
         headings = re.findall(r"^#+ (.*)$", text[: found.start()], re.MULTILINE)
         line = text[: found.start(3)].count("\n")
         yield Block(page, headings[-1] if headings else "", line + 1, bool(found[1]), "\n" * line + code)
@@ -193,6 +194,18 @@ def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         if block.page == FOR_LIGHTNING and "trainer" in names and not Path("best.ckpt").exists():
             names["trainer"].save_checkpoint("best.ckpt")
             names["trainer"].save_checkpoint("last.ckpt")
+
+
+THEIRS = [block for block in blocks("docs/come_from.md", drop="+") if "Trainer(" not in block.code]
+THEIRS = [block for block in THEIRS if re.match(r"\s*from (?!sharded_avg)", block.code)]
+
+
+@pytest.mark.parametrize("block", THEIRS, ids=[block.heading for block in THEIRS])
+def test_what_others_write(block: Block) -> None:
+    """The lines that readers come with are true ones, as far as the library that they call is installed."""
+    package = re.findall(r"^from (\w+)", block.code, re.MULTILINE)[0]
+    pytest.importorskip(package)
+    run(block, reader())
 
 
 @on_ranks(2)
