@@ -41,6 +41,7 @@ from .saved.manifest import Manifest
 from .saved.posthoc import Mixed, load_posthoc
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy
+from .weights.layouts.detect import detect
 from .weights.members import Include, Members
 
 
@@ -89,9 +90,10 @@ class ShardedAverage:
         schedule: WhenFn | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        layout = detect(model, process_group)  # first: all ranks make a group here, whatever one is given besides
         rules, when = as_rules(rule), as_schedule(schedule)
         store = Store(tuple(rules), as_dtype(dtype), as_device(device), rings_of(rules))
-        members = Members(model, include, buffers=as_buffers(buffers), process_group=process_group)
+        members = Members(model, layout, include, buffers=as_buffers(buffers))
         for shard in members.averaged:
             check_storage(shard.name, store.dtype_of(shard))
         self._state = State(members, rules, when, store)

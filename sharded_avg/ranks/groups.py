@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import sys
 from typing import Any, NoReturn
@@ -10,7 +11,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..errors import LayoutChangedError
+from ..errors import LayoutChangedError, PeerError
+from . import bounds
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
@@ -62,10 +64,20 @@ def accelerator() -> torch.device | None:
 
 
 def part_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Collective: all of these ranks must call. A group of them, made once."""
-    key = tuple(ranks)
+    """Collective: all of these ranks must call. A group of them, made once.
+
+    Until it is there they cannot tell each other anything: a rank that fails before is waited for as long as for one
+    that does not come. Raises `PeerError` then.
+    """
+    key, patience = tuple(ranks), datetime.timedelta(seconds=bounds.PATIENCE_S)
     if key not in _groups or _groups[key][0] is not dist.group.WORLD:
-        made: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+        try:
+            made: dist.ProcessGroup = dist.new_group(ranks, timeout=patience, use_local_synchronization=True)
+        except RuntimeError as error:  # which one, and its words, depend on the store
+            raise PeerError(
+                f"not all of the ranks {ranks}, which hold this model together, came within {bounds.PATIENCE_S:g} s to "
+                f"make a group of them: {error}. All of them must build its average; see the output of the others"
+            ) from error
         _groups[key] = (dist.group.WORLD, made)
     return _groups[key][1]
 

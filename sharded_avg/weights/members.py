@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutChangedError, UnsupportedModelError
@@ -26,7 +25,8 @@ from ..shard import Shard
 from ..tensors import overlapping, overlaps_itself
 from . import names
 from .buffers import BufferPolicy, left_live
-from .layouts.detect import detect, layout_class
+from .layouts.base import AbstractLayout
+from .layouts.detect import layout_class
 from .state_dicts import find_keys, is_rewritten, place, state_dict_with, with_attributes
 
 Include = Callable[[str, Tensor], bool]
@@ -44,15 +44,15 @@ class Members:
     def __init__(
         self,
         model: nn.Module,
+        layout: AbstractLayout,
         include: Include | None,
         *,
         buffers: BufferPolicy,
-        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if include is not None and not callable(include):
             raise ConfigError(f"include={include!r}: must be a callable (name, tensor) -> bool, or None")
         self._model, self._include, self._averages_buffer = model, include, buffers
-        self.layout = detect(model, process_group)
+        self.layout = layout
         self._tree = names.Tree(model)
         self.stale = ""  # why the live tensors cannot be read any more
         self.lost: dict[str, str] = {}  # averaged name -> what became of it

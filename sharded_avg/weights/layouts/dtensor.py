@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from ...errors import EngineVersionError, UnsupportedModelError
+from ...ranks import part_group
 from ...shard import Box, Shard
 from ...version import requirement
 from .. import names
@@ -159,7 +160,7 @@ class DTensorLayout(AbstractLayout):
             mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
             if mesh is not None and mesh.ndim == 1 and set(mesh.mesh.flatten().tolist()) == ranks:
                 return mesh.get_group()
-        return dist.new_group(sorted(ranks), use_local_synchronization=True)  # type: ignore[no-any-return]
+        return part_group(sorted(ranks))
 
     def release(self) -> None:
         for module in self._fsdp:

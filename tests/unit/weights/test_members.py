@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharded_avg import EMA, SWA, LayoutChangedError, ShardedAverage, load_averaged_state_dict
+from sharded_avg.weights.layouts.detect import detect
 from sharded_avg.weights.layouts.dtensor import DTensorLayout
 from sharded_avg.weights.layouts.replicated import ReplicatedLayout
 from sharded_avg.weights.members import Members
@@ -137,7 +138,7 @@ def one_rank(request):
 
 def test_refresh_reads_nothing_anew_while_nothing_changes(monkeypatch):
     model = half_frozen()
-    members = Members(model, None, buffers=lambda name, tensor: False)
+    members = Members(model, detect(model), None, buffers=lambda name, tensor: False)
     before = members.all
     members.refresh()
     assert members.all is before
