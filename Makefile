@@ -10,9 +10,11 @@
 # make clean     back to a fresh clone
 #
 # Each makes the environment first, in .venv, with the versions of constraints.txt. Choose the interpreter with
-# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-n 2 -k fsdp".
+# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-k fsdp". Two workers share the tests; WORKERS=0 runs
+# them in one process, which Ctrl-C and a debugger like better.
 
 PYTHON ?= python3
+WORKERS ?= 2
 PYTEST_ARGS ?=
 # of `make matrix`: SESSIONS="-s oldest", say; by default all that noxfile.py lists
 SESSIONS ?=
@@ -29,10 +31,10 @@ demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=20 $(PYTEST_ARGS)
 
 test-all: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all --durations=20 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --all --durations=20 $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
