@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..averages.state import State
-from ..ranks import all_or_none, collective, gather_objects, size_of
+from ..ranks import all_or_none, attempted, collective, gather_objects, size_of
 from ..rules.schedule import WhenFn
 from ..shard import Region
 from ..weights.layouts.replicas import digest
@@ -40,11 +40,9 @@ def check_replicas(state: State, schedule: WhenFn | None = None) -> list[Differi
     """Collective: all ranks must call. See `ShardedAverage.check_replicas`."""
     undecided = None
     if schedule is not None:
-        try:
-            if not schedule(state.step):
-                return []
-        except BaseException as failure:  # told to the others, for which it may be time
-            undecided = failure
+        is_due, undecided = attempted(lambda: bool(schedule(state.step)))
+        if undecided is None and not is_due:
+            return []
     num_ranks, group = size_of(state.group), state.group
     if num_ranks == 1:
         if undecided is not None:

@@ -12,7 +12,7 @@ import torch
 
 from ..averages.state import State
 from ..errors import ConfigError, add_note
-from ..ranks import all_or_none, collective, gather_objects
+from ..ranks import all_or_none, attempted, collective, gather_objects
 from ..rules.numbers import number
 from ..rules.schedule import WhenFn
 from ..weights.aside import RawWeights, bring_back, holds_either, live_tensors, set_aside
@@ -40,14 +40,13 @@ def copy_to_model(
     """Collective: all ranks must call. See `ShardedAverage.copy_to_model`."""
     # Decided alike on all ranks, which have seen the same steps; equal_replicas compares that. A step that was skipped
     # leaves the count where it was: once is enough.
-    is_due, undecided = True, None
+    undecided = None
     if schedule is not None:
-        try:
-            is_due = state.written_back.get(state.resolve(name)) != state.step and bool(schedule(state.step))
-        except BaseException as failure:  # told to the others, for which it may be due
-            undecided = failure
-    if not is_due:
-        return False
+        is_due, undecided = attempted(
+            lambda: state.written_back.get(state.resolve(name)) != state.step and bool(schedule(state.step))
+        )
+        if undecided is None and not is_due:
+            return False
     doing = "copying averages into the model"
     with equal_replicas(state.layout, doing) as part:
         if undecided is not None:

@@ -22,7 +22,7 @@ from .groups import (
 )
 from .interrupts import collective, interruptible, uninterrupted
 from .meeting import Asked, agree, claim_once
-from .together import all_or_none, decided, gather_objects, rendezvous
+from .together import all_or_none, attempted, decided, gather_objects, rendezvous
 from .traffic import Traffic, traffic
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "accelerator",
     "agree",
     "all_or_none",
+    "attempted",
     "claim_once",
     "collective",
     "comm_device",

@@ -66,8 +66,8 @@ def accelerator() -> torch.device | None:
 def part_group(ranks: list[int]) -> dist.ProcessGroup:
     """Collective: all of these ranks must call. A group of them, made once.
 
-    Until it is there they cannot tell each other anything: a rank that fails before is waited for as long as for one
-    that does not come. Raises `PeerError` then.
+    Until it is there they cannot tell each other anything: a rank that fails before is waited for as long as one that
+    does not come. Raises `PeerError` then.
     """
     key, patience = tuple(ranks), datetime.timedelta(seconds=bounds.PATIENCE_S)
     if key not in _groups or _groups[key][0] is not dist.group.WORLD:
@@ -75,8 +75,8 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
             made: dist.ProcessGroup = dist.new_group(ranks, timeout=patience, use_local_synchronization=True)
         except RuntimeError as error:  # which one, and its words, depend on the store
             raise PeerError(
-                f"not all of the ranks {ranks}, which hold this model together, came within {bounds.PATIENCE_S:g} s to "
-                f"make a group of them: {error}. All of them must build its average; see the output of the others"
+                f"no group of ranks {ranks}, which hold this model together, could be made: {error}. Most likely one "
+                f"is not in this call, or failed before it (others wait for {bounds.PATIENCE_S:g} s): see its output"
             ) from error
         _groups[key] = (dist.group.WORLD, made)
     return _groups[key][1]

@@ -63,6 +63,14 @@ def all_or_none(
         agree(group, error, doing, part.asked, left, point)
 
 
+def attempted(call: Callable[[], Said]) -> tuple[Said | None, BaseException | None]:
+    """What a local call gives, or how it fails: for one whose failure the others are told where all meet next."""
+    try:
+        return call(), None
+    except BaseException as failure:
+        return None, failure
+
+
 @collective
 def rendezvous(group: dist.ProcessGroup | None, *, grace_s: float) -> bool:
     """Collective: all ranks must call. Wait until every rank is here; False on all of them if one gave up.

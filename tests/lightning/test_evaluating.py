@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from sharded_avg import SwapError
 from sharded_avg.lightning import EMAWeightAveraging
 from tests.helpers.further import further
 
@@ -27,7 +28,7 @@ from .reference import (
 )
 from .runs import full_weights, module, run, trainer
 from .strategies import STRATEGIES, among
-from .watching import At
+from .watching import At, full_average
 
 # -- alone -------------------------------------------------------------------------------------------------------------
 
@@ -147,3 +148,36 @@ def test_no_average_yet(name: str, tmp_path: Path) -> None:
         assert found["nbytes"] == 0
         assert found["val_loss"] == pytest.approx(plain_loss(raw, first=100), rel=1e-6)
         assert found["test_loss"] == pytest.approx(plain_loss(raw, first=200), rel=1e-6)
+
+
+# -- a validation that edits weights -----------------------------------------------------------------------------------
+
+EDITS = {
+    "step": lambda module: [parameter.data.add_(1) for parameter in module.parameters()],
+    "load": lambda module: module.load_state_dict({k: torch.zeros_like(v) for k, v in module.state_dict().items()}),
+    "half": lambda module: module.half().float(),
+    "other memory": lambda module: [setattr(p, "data", torch.zeros_like(p)) for p in module.parameters()],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_r04_a_validation_that_edits_weights(edit: str, tmp_path: Path) -> None:
+    """Raises and says so where the edit lies in the average's memory; elsewhere the average is what it was."""
+    averages: list[Weights] = []
+
+    def look(_: Any) -> None:
+        averages.append(full_average(ours))
+
+    ours, edits = (
+        EMAWeightAveraging(decay=DECAY),
+        At("on_validation_epoch_end", lambda t: EDITS[edit](t.lightning_module)),
+    )
+    fitted = trainer(tmp_path, "single", [At("on_validation_start", look), ours, edits, At("on_validation_end", look)])
+    if edit in ("step", "load"):
+        with pytest.raises(SwapError, match="weights were written to inside"):
+            fitted.fit(module("single"))
+        return
+    fitted.fit(module("single"))
+    assert len(averages) >= 2
+    for before, after in zip(averages[::2], averages[1::2], strict=True):
+        assert_same(before, after)

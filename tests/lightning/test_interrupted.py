@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from sharded_avg import ShardedAverage
+from sharded_avg import SWA, ShardedAverage
 from sharded_avg.exchange import handover, ways
 from sharded_avg.lightning.weights import Weights
 from sharded_avg.weights import aside as replaced
@@ -219,3 +219,27 @@ def test_a_save_in_the_middle_of_a_save(moment: str, tmp_path: Path) -> None:
     assert_holds(tmp_path / "inner.ckpt", NUM_BATCHES)
     assert_holds(tmp_path / "outer.ckpt", NUM_BATCHES)
     assert_same(dict(model.state_dict()), average_after(NUM_BATCHES))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_interrupted_beside_the_last_line(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C before anything was copied leaves raw weights; when all is, they can still be brought back."""
+    model = torch.nn.Linear(3, 5)
+    average = ShardedAverage(model, SWA())
+    average.update()
+    with torch.no_grad():
+        model.weight.add_(1)
+    raw, weights, copy = model.weight.detach().clone(), Weights(average, "average", model), average.copy_to_model
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if when == "after":
+            copy(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(average, "copy_to_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        weights.finish()
+    assert weights.exchanged == (when == "after")
+    assert torch.equal(model.weight, raw) == (when == "before")
+    assert weights.unfinish()
+    assert torch.equal(model.weight, raw)
