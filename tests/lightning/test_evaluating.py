@@ -162,7 +162,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_r04_a_validation_that_edits_weights(edit: str, tmp_path: Path) -> None:
-    """R04: raises and says so where the edit lies in the memory of the average; elsewhere the average is what it was."""
+    """R04: raises and says so where the edit lies in the average's memory; else the average is what it was."""
     averages: list[Weights] = []
 
     def look(_: Any) -> None:
