@@ -4,7 +4,7 @@ Two suites. Some tests are tables: one assertion over engines, strategies, rules
 nothing that other rows do not look for, too: they run with `--all` only, which is what `make test-all` passes, or where
 tests are asked for by name (`pytest tests/unit/test_x.py::test_y`). `make test`, without them, still runs every file,
 every kind of check, and of each table a set of rows that covers it: every engine, rule and strategy, and every pair of
-neighbours, not every pair of everything. How many it leaves out is what its closing line calls deselected. How a row
+neighbours, not every pair of everything. In one process its closing line calls them deselected. How a row
 becomes a further one is told in tests/helpers/further.py.
 """
 
