@@ -18,6 +18,8 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 # of `make matrix`: SESSIONS="-s oldest", say; by default all that noxfile.py lists
 SESSIONS ?=
+# Tests start hundreds of processes: none of them should compile again what another has.
+export PYTHONDONTWRITEBYTECODE :=
 BIN := .venv/bin
 READY := .venv/.ready
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -10,16 +10,18 @@ becomes a further one is told in tests/helpers/further.py.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sharded_avg.ranks import leave
-from tests.helpers import pool
+from tests.helpers import pool, sharing
 from tests.helpers.further import is_further
 
 _exit_status = 0
@@ -30,8 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the further rows of long tables, too, as `make test-all`")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Settings of this process, and of all that it starts."""
+    sharing.start(config)
     torch.set_num_threads(1)  # test tensors are tiny, and the ranks of the pool need the other cores
     # DeepSpeed compiles its ops at first use, with paths of this environment. In the user's common cache, two
     # environments would rebuild them in turns, and wait for each other's locks.
@@ -47,6 +50,7 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave further rows to `--all`; under torchrun, skip what starts processes of its own."""
+    sharing.tell(config, items)
     for item in items:
         if pool.under_torchrun() and item.get_closest_marker("own_processes"):
             item.add_marker(
@@ -59,11 +63,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item, out in zip(items, left_out, strict=True) if not out]
 
 
-def pytest_sessionfinish(exitstatus: int) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each pool on one worker; `--dist` as usual where it is given."""
+    return sharing.by_pool(config, log) if config.getoption("dist") == "load" else None
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is no garbage, and is not looked through for any."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """No rank of a pool outlives the session."""
     global _exit_status
     _exit_status = int(exitstatus)
     pool.close_all()
+    sharing.end(session.config)
 
 
 @pytest.hookimpl(trylast=True)

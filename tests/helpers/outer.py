@@ -90,6 +90,7 @@ def run_in_process(
     except Exception:
         outcome = ("failed", traceback.format_exc())
     gc.collect()
+    gc.freeze()  # as a rank of a pool
     return _compare(_exchange(outcome))
 
 

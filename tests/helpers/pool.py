@@ -84,6 +84,7 @@ def on_ranks(
         extra = () if "world_size" in wanted else (inspect.Parameter("world_size", inspect.Parameter.KEYWORD_ONLY),)
         test.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *extra])  # type: ignore[attr-defined]
         test.body_on_ranks = body  # type: ignore[attr-defined]
+        test.kind_of_pool = kind  # type: ignore[attr-defined]
         marked = pytest.mark.timeout(timeout_s + START_S[kind] + 60)(test)  # the pool's clock rings first
         sizes = [pytest.param(n, id=f"{n}ranks", marks=pytest.mark.further if n in further else ()) for n in all_sizes]
         return pytest.mark.parametrize("world_size", sizes)(marked)
@@ -157,6 +158,8 @@ class Pool:
         arguments = (kind, rank, world_size, str(self.folder), theirs.fileno())
         code = f"from tests.helpers.worker import main; main(*{arguments!r})"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _path_with(ROOT), "PYTEST_ADDOPTS": ""}
+        if torch.cuda.device_count() < world_size:  # then ranks are as on a machine without any
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with theirs, log_path(self.folder, rank).open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-c", code],

@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than any test: the pool's own clock notices hangs, with stacks
-MAX_OPEN_FILES = 2000  # a process group that a test made stays open: some ten files each
+# A process group that a test made stays: four files each, and three threads, of which one wakes 100 times a second. A
+# thousand of them, in all pools, took one of two cores.
+MAX_OPEN_FILES = 200
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,7 @@ def main(kind: str, rank: int, world_size: int, folder: str, connection_fd: int)
         jobs = _read_jobs(connection, me.folder)
         guard = _guard_like_pytest()
         connection.send(_attempt(rank, lambda: join(me)))
-        gc.collect()
-        gc.freeze()  # what was imported so far is not garbage: collecting after each test then takes no time
+        _clean_up()
         while True:
             job = jobs.get()
             with guard():
@@ -160,7 +161,7 @@ def _open_files() -> int:
 
 def _allow_open_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * MAX_OPEN_FILES
+    wanted = 10 * MAX_OPEN_FILES
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(hard, wanted), hard))
 
 
@@ -223,6 +224,11 @@ def _traceback_text(error: BaseException) -> str:
 
 
 def _clean_up() -> None:
-    """Break the cycles that models and hooks make, so that a test does not inherit the garbage of the one before."""
+    """Break the cycles that models and hooks make, so that a test does not inherit the garbage of the one before.
+
+    What is left is for the most part what engines import at their first use. Frozen, it is not looked through again:
+    that took longer than the tests.
+    """
     gc.collect()
+    gc.freeze()
     sys.stdout.flush()

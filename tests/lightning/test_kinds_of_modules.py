@@ -41,6 +41,7 @@ class Counting(Tiny):
 def tensor_bytes() -> int:
     """Of all tensors that this process has; views of one storage are counted once."""
     Fingerprint(torch.zeros(1))  # whose factors are made once in a process, by the first swap
+    gc.unfreeze()  # what earlier tests have left counts, too
     gc.collect()
     found = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta]
     plain = [getattr(tensor, "_local_tensor", tensor) for tensor in found]
