@@ -208,6 +208,7 @@ def _try(code: str, end: float) -> str:
     began = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"},  # its stacks come last
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

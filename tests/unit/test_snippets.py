@@ -140,6 +140,7 @@ def test_snippets(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.own_processes
 @pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)", "ignore:.*num_workers")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The number of training batches")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the page's line has the average only
 def test_snippets_with_a_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that wants a GPU is stood in for by one device: tests/lightning runs each of them."""

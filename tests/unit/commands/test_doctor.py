@@ -75,7 +75,8 @@ def test_a_process_group_is_tried() -> None:
 
 
 @pytest.mark.own_processes
-def test_what_is_tried_and_fails_or_hangs() -> None:
+def test_what_is_tried_and_fails_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     end = time.monotonic() + 60
     assert doctor._try("import sys; print('first'); sys.exit('the reason')", end) == "the reason"
     assert doctor._try("import os; os.abort()", end) == "exit code -6"

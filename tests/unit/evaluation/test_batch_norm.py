@@ -236,6 +236,7 @@ def test_a_build_for_an_accelerator_that_is_not_there(monkeypatch: pytest.Monkey
     model = Run().learn(0, 1).model
     with refreshed_batch_norm(model, batches()):
         expected = output(model)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", no_driver)
     monkeypatch.setattr(torch.cuda, "current_device", no_driver)

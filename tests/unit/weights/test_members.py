@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from sharded_avg import EMA, SWA, LayoutChangedError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.weights.layouts.detect import detect
@@ -261,7 +262,8 @@ def test_what_was_wrapped_can_still_be_saved(tmp_path: Path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model, old, expected = before_a_loss()
-        torch.distributed.fsdp.fully_shard(model["body"])
+        mesh = init_device_mesh("cpu", (1,))  # its default is a GPU, where there is one
+        torch.distributed.fsdp.fully_shard(model["body"], mesh=mesh)
         for call in (old.update, lambda: old.summon_full_params("ema").__enter__()):
             with pytest.raises(LayoutChangedError, match=r"wrapped afterwards.*old\.save"):
                 call()
