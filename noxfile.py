@@ -55,7 +55,7 @@ def check(session: nox.Session) -> None:
     session.run("python", "-m", "tests.unit.test_third_party")
     failed = []
     for name, folder in FOLDERS.items():
-        command = ["python", "-m", "pytest", folder, f"--junitxml={out / name}.xml", *session.posargs]
+        command = ["python", "-m", "pytest", folder, f"--junitxml={out / name}.xml", "-n", "2", *session.posargs]
         if not session.run(*command, env=environment, success_codes=range(256)):
             failed.append(name)
     session.run("python", "-m", "tests.matrix", "--check", str(out))

@@ -35,11 +35,19 @@ pytestmark = pytest.mark.skipif(under_torchrun(), reason="makes groups of some o
 SOON_S = 15.0
 
 
-class Layers(nn.ModuleDict):
-    """Under names of their own."""
+class Layers(nn.Module):
+    """Under names of their own. (No ModuleDict: torch 2.11's `fully_shard` refuses containers, whatever they do.)"""
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.get_submodule(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.values():
+        for layer in self.children():
             x = layer(x)
         return x
 
@@ -69,7 +77,7 @@ def stage(value: float | None = None) -> nn.Module:
     made = Layers({str(i): nn.Linear(3, 3) for i in (2 * rank, 2 * rank + 1)})
     if rank == 1:
         made["3"].weight = made["2"].weight
-        made["norm"] = nn.BatchNorm1d(3)
+        made.add_module("norm", nn.BatchNorm1d(3))
     return filled(made, rank + 1.0 if value is None else value)
 
 
@@ -268,7 +276,7 @@ def test_r02_stages_are_saved_together(tmp_path, how):
     assert fresh.update()
     whole = Layers({str(i): nn.Linear(3, 3) for i in range(2 * size)})
     whole["3"].weight = whole["2"].weight
-    whole["norm"] = nn.BatchNorm1d(3)
+    whole.add_module("norm", nn.BatchNorm1d(3))
     fully_shard(whole, mesh=init_device_mesh("cpu", (size,)))
     sharded = ShardedAverage(whole, EMA(decay=0.5))
     assert str(sharded.load(tmp_path / "run")) == "all of it was loaded"
