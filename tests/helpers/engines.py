@@ -294,13 +294,20 @@ def _masters(engine: Any, bf16: bool) -> dict[str, Tensor]:
 
 def _numel_of_masters(engine: Any) -> int:
     rank, num_ranks, stage = dist.get_rank(), dist.get_world_size(), engine.zero_optimization_stage()
-    params = list(_trained(engine.module).values())
+    params, optimizer = list(_trained(engine.module).values()), engine.optimizer
+    if stage == 0 and hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer: pieces of even length
+        return _numel_of_pieces(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, rank)
     if stage == 0:
         return _fair_share(params, rank, num_ranks)
     if stage == 3:
         return sum(min(max(p.ds_numel - rank * p.ds_tensor.ds_numel, 0), p.ds_tensor.ds_numel) for p in params)
-    optimizer, numel = engine.optimizer, 0
-    for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    return _numel_of_pieces(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, rank)
+
+
+def _numel_of_pieces(groups: Iterable[Any], masters: Iterable[Tensor], rank: int) -> int:
+    """Without the padding, which is at the end of a group."""
+    numel = 0
+    for group, master in zip(groups, masters, strict=True):
         total = sum(param.numel() for param in group)
         numel += min(max(total - rank * master.numel(), 0), master.numel())
     return numel
