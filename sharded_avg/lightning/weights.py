@@ -22,10 +22,21 @@ from ..integration import RawWeights, size_of
 
 
 class _Block:
-    """A `with` block that has not ended. It dies with the frame that holds it: no interruption can leave it behind."""
+    """A `with` block that has not ended. It dies with the frame that holds it, unless what was raised is kept."""
 
-    def __init__(self, is_raw: bool = False) -> None:
-        self.is_raw = is_raw  # what `raw()` yields
+    is_raw = False  # what `raw()` yields
+
+
+@contextmanager
+def _leaving(blocks: WeakSet[_Block], block: _Block) -> Iterator[None]:
+    """After it `block` is none of them, also where Ctrl-C comes at the very line that takes it out."""
+    try:
+        try:
+            yield
+        finally:
+            blocks.discard(block)
+    finally:
+        blocks.discard(block)
 
 
 class Weights:
@@ -136,11 +147,9 @@ class Weights:
     @contextmanager
     def _moving(self) -> Iterator[None]:
         block = _Block()
-        try:
+        with _leaving(self._moves, block):
             self._moves.add(block)
             yield
-        finally:
-            self._moves.discard(block)
         while self._deferred and not self.is_moving:
             self._deferred.pop(0)()
 
@@ -155,21 +164,20 @@ class Weights:
             yield outer.is_raw
             return
         block = _Block()
-        with self._moving():
-            self.leave()
-            block.is_raw = self._restored() if outer is None else outer.is_raw
-            self._raws.add(block)
-        try:
-            yield block.is_raw
-        except Exception as error:
-            if size_of(self.average.process_group) > 1:
-                if hasattr(error, "add_note"):  # Python >= 3.11
-                    error.add_note("sharded_avg: saving failed, and the model holds its raw weights from here on")
+        with _leaving(self._raws, block):
+            with self._moving():
+                self.leave()
+                block.is_raw = self._restored() if outer is None else outer.is_raw
+                self._raws.add(block)
+            try:
+                yield block.is_raw
+            except Exception as error:
+                if size_of(self.average.process_group) > 1:
+                    if hasattr(error, "add_note"):  # Python >= 3.11
+                        error.add_note("sharded_avg: saving failed, and the model holds its raw weights from here on")
+                    raise
+                self._go_back(was_swapped, block.is_raw)
                 raise
-            self._go_back(was_swapped, block.is_raw)
-            raise
-        finally:
-            self._raws.discard(block)
         self._go_back(was_swapped, block.is_raw)
 
     def _go_back(self, was_swapped: bool, is_raw: bool) -> None:

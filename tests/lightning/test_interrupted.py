@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sharded_avg import SWA, ShardedAverage
 from sharded_avg.exchange import handover, ways
-from sharded_avg.lightning.weights import Weights
+from sharded_avg.lightning.weights import Weights, _leaving
 from sharded_avg.weights import aside as replaced
 from tests.helpers.further import further
 
@@ -37,6 +37,7 @@ CODES: dict[CodeType, str] = {
         vars(Weights)[name].__code__: name for name in ("enter", "leave", "finish", "unfinish", "_restored", "_go_back")
     },
     **{vars(Weights)[name].__wrapped__.__code__: name for name in ("raw", "_moving")},
+    _leaving.__wrapped__.__code__: "_leaving",
     **{vars(ShardedAverage)[name].__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
     **{inspect.unwrap(vars(handover)[name]).__code__: name for name in ("raw_weights", "copy_to_model", "restore_raw")},
     replaced.bring_back.__code__: "bring_back",
@@ -81,6 +82,7 @@ class Disturbed:
         callbacks = [self.recorder, self.ours, in_validation, saver_of_exceptions(folder)]
         self.trainer = trainer(folder, "single", callbacks, limit_train_batches=2, limit_val_batches=1, max_epochs=1)
         self.module = module("single")
+        self.raised: BaseException | None = None
         self.lines = Lines(lambda: self.ours.holdings.training, at, lambda: act(self))
 
     def save(self, name: str) -> Path:
@@ -119,8 +121,10 @@ def undisturbed(folder: Path) -> tuple[Disturbed, dict[tuple[Any, ...], int]]:
 some_or_all = pytest.mark.parametrize("every", [pytest.param(3, id="each third"), further(1, id="each")])
 
 
-def interrupt(_: Disturbed) -> None:
-    raise KeyboardInterrupt
+def interrupt(run: Disturbed) -> None:
+    """As in a notebook, what was raised stays, and with it every frame that it went through."""
+    run.raised = KeyboardInterrupt()
+    raise run.raised
 
 
 @pytest.mark.own_processes
