@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,9 +194,13 @@ def run_pytest(*launcher: str, select: str, arguments: tuple[str, ...] = ()) -> 
 
 @pytest.mark.own_processes
 def test_xdist_workers_have_pools_of_their_own() -> None:
-    done = run_pytest(select="arguments_reach", arguments=("-n", "2"))
+    """Each is started by one of them, which runs all of its tests."""
+    done = run_pytest(select="arguments_reach or runs_on_every_rank", arguments=("-n", "2", "-v"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout
+    assert "7 passed" in done.stdout
+    where = set(re.findall(r"\[(gw\d)\].* PASSED .*\b(\d)ranks", done.stdout))
+    assert sorted(size for _, size in where) == ["2", "3", "4"], where
+    assert {worker for worker, _ in where} == {"gw0", "gw1"}
 
 
 @pytest.mark.own_processes

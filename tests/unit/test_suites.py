@@ -7,10 +7,13 @@ import subprocess
 import sys
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.helpers.further import covered_by, covering
+from tests.helpers.sharing import WHOLE_FILES, pool_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +36,23 @@ def test_rows_keep_their_order() -> None:
         (("a",), ["further"]),
         (("d", 2), ["further"]),
     ]
+
+
+def a_test(path: str, function: Any = None, **params: Any) -> Any:
+    return SimpleNamespace(nodeid=f"{path}::test", callspec=SimpleNamespace(params=params), function=function)
+
+
+def test_which_pool_a_test_runs_on() -> None:
+    """It goes to the worker that has it."""
+    body = SimpleNamespace(kind_of_pool="deepspeed")
+    assert pool_of(a_test("tests/multigpu/test_a.py", body, world_size=3)) == "deepspeed-3"
+    assert pool_of(a_test("tests/multigpu/test_a.py", row="zero2", world_size=2)) == "deepspeed-2"
+    assert pool_of(a_test("tests/multigpu/test_a.py", row="ddp", world_size=4)) == "torch-4"
+    assert pool_of(a_test("tests/lightning/test_a.py", name="fsdp2")) == "torch-2"
+    assert pool_of(a_test("tests/lightning/test_a.py", name="single")) == ""
+    assert pool_of(a_test("tests/unit/test_a.py", size=2)) == ""
+    assert pool_of(a_test(WHOLE_FILES[0], row="ddp", world_size=4)) == WHOLE_FILES[0]
+    assert all((ROOT / path).is_file() for path in WHOLE_FILES)
 
 
 COLLECT = (sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
