@@ -107,12 +107,21 @@ class ShardItem(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.new_empty.default:  # how DCP begins a copy, whose attributes it sets afterwards
+        if func in (torch.ops.aten.new_empty.default, torch.ops.aten.zeros_like.default):  # how DCP begins a copy,
+            # whose attributes it sets afterwards; an older one, such as torch 2.8's, calls `copy_`
             return Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=args[0].dtype, device=torch.device("cpu"))
+        if func is torch.ops.aten.copy_.default and all(isinstance(item, ShardItem) for item in args[:2]):
+            return args[0]._become(args[1])
         raise CheckpointError(
             f"{func} on an item of ShardedAverage.state_dict(): such items hold pieces, not values. Pass the state "
             "dict to torch.distributed.checkpoint, or use save(), or summon_full_params() for full tensors"
         )
+
+    def _become(self, other: ShardItem) -> ShardItem:
+        """With values of its own: training goes on while they are written."""
+        vars(self).update(vars(other))
+        self._local = None if other._local is None else other._local.detach().clone()
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CheckpointError(

@@ -81,9 +81,14 @@ def run(strategy_name: str, body: Callable[..., Any], /, tmp_path: Path, **argum
     if row.where == "fresh":
         return [_run_fresh(body, tmp_path, arguments)]
     # DeepSpeed and meshes of two dims keep groups for the next run; older DTensors those of any mesh.
-    if row.where == "deepspeed" or row.world_size > 3 or OLDER_TORCH:
-        return run_on_ranks(row.world_size, body, kind=row.where, tmp_path=tmp_path, **arguments)
-    return run_on_ranks(row.world_size, _end_its_groups, body=body, arguments={"tmp_path": tmp_path, **arguments})
+    called = _called if row.where == "deepspeed" or row.world_size > 3 or OLDER_TORCH else _end_its_groups
+    arguments |= {"tmp_path": tmp_path}
+    return run_on_ranks(row.world_size, called, kind=row.where, body=body, arguments=arguments)
+
+
+def _called(body: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """On a rank. Its arguments may have any name."""
+    return body(**arguments)
 
 
 def _end_its_groups(body: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.torch_version import TorchVersion
 
 from sharded_avg import EMA, CheckpointError, ShardedAverage, load_averaged_state_dict
 from tests.helpers.launch import EXAMPLES, run_agents, run_python
@@ -99,7 +100,10 @@ def model_parallel() -> Any:
     from lightning.fabric.strategies import ModelParallelStrategy
 
     def shard(model: nn.Module, mesh: Any) -> nn.Module:
-        return fully_shard(model, mesh=mesh["data_parallel"])  # type: ignore[no-any-return]
+        sharded = fully_shard(model, mesh=mesh["data_parallel"])
+        if TorchVersion(torch.__version__) < (2, 13):  # its gloo sums where FSDP2 asks it to average
+            sharded.set_force_sum_reduction_for_comms(True)
+        return sharded  # type: ignore[no-any-return]
 
     return ModelParallelStrategy(shard, data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
 

@@ -327,6 +327,8 @@ def test_zero_notices_replicas_that_differ(name: str) -> None:
 def test_stage_0_notices_masters_that_differ() -> None:
     """R01: `copy_to_model` and `restore_raw` spread masters; stage 0 has whole ones on every rank."""
     with engine_of(settings("0-bf16")) as engine:
+        if not hasattr(engine.optimizer, "fp32_groups"):
+            pytest.skip("DeepSpeed 0.16 cuts the masters of stage 0: none is there twice")
         average = ShardedAverage(engine, EMA(decay=0.5))
         train(engine, range(1))
         average.update()

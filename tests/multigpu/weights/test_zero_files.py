@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from sharded_avg import EMA, ShardedAverage
 from sharded_avg.weights.layouts.zero import ZeroLayout
@@ -53,6 +54,10 @@ def averages_of(average: ShardedAverage) -> dict[str, Tensor]:
 @on_ranks(2, kind="deepspeed")
 def test_masters_in_files(pipelined: bool, tmp_path: Path) -> None:
     """P82: sub-groups of 20 elements, of which the smallest stay in memory."""
+    import deepspeed
+
+    if pipelined and TorchVersion(deepspeed.__version__) < (0, 17):
+        pytest.skip("a step of DeepSpeed 0.16 fails there (pipelined_optimizer_swapper.py, len(swap_paths))")
 
     def config(**device: Any) -> Config:
         found = settings("3-bf16-subgroups", aio={"block_size": 80})

@@ -40,6 +40,8 @@ def test_destroyed_engine(name: str) -> None:
 def test_states_that_were_offloaded(name: str) -> None:
     with engine_of(settings(name)) as engine:
         layout = ZeroLayout(engine)
+        if not hasattr(engine.optimizer, "offload_states"):
+            pytest.skip("stages 1 and 2 of DeepSpeed 0.16 cannot")
         engine.optimizer.offload_states(pin_memory=False)
         with pytest.raises(LayoutChangedError, match=r"engine\.reload_states\(\)"):
             layout.shards()

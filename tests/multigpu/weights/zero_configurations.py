@@ -200,7 +200,7 @@ def outcome(name: str, config: dict[str, Any], folder: Path) -> str:
     except (ImportError, AssertionError, RuntimeError, ValueError) as error:
         if error.__traceback__ is None or not _is_deepspeeds(error):
             raise
-        return f"{NOT_HERE}: {type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
+        return f"{NOT_HERE}: {type(error).__name__}: {(str(error).strip() or 'without a word').splitlines()[0][:80]}"
 
 
 def _is_deepspeeds(error: BaseException) -> bool:

@@ -78,7 +78,8 @@ class Replicated(AbstractWeights):
             for params, flat, master in zip(*(need(optimizer, name) for name in FLAT_ATTRIBUTES[known]), strict=True):
                 stretch = -(-flat.numel() // self._world_size)
                 begin = 0 if master.numel() == flat.numel() else self._rank * stretch
-                places = sorted(((param, _place(param, flat)) for param in params), key=lambda pair: pair[1])
+                full = [param for param in params if param.numel()]  # an empty view has no place
+                places = sorted(((param, _place(param, flat)) for param in full), key=lambda pair: pair[1])
                 runs.append(Run(places, [Span(0, flat.detach())], [Span(begin, master.detach().view(-1))], stretch))
             return runs
         return list(self._loose_runs())
