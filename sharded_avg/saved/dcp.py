@@ -112,6 +112,11 @@ class ShardItem(Tensor):
             return Tensor._make_wrapper_subclass(cls, args[0].shape, dtype=args[0].dtype, device=torch.device("cpu"))
         if func is torch.ops.aten.copy_.default and all(isinstance(item, ShardItem) for item in args[:2]):
             return args[0]._become(args[1])
+        if func is torch.ops.aten.copy_.default and not args[0].ndim:
+            raise CheckpointError(
+                f"dcp.async_save of torch {torch.__version__} copies what has no dimensions as a number, which its "
+                "average is not: call average.async_save(folder) beside it, or dcp.save"
+            )
         raise CheckpointError(
             f"{func} on an item of ShardedAverage.state_dict(): such items hold pieces, not values. Pass the state "
             "dict to torch.distributed.checkpoint, or use save(), or summon_full_params() for full tensors"
