@@ -51,7 +51,7 @@ def test_checks_of_engines(names: tuple[str, ...], tmp_path: Path) -> None:
 
 
 @pytest.mark.own_processes
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the script says where there is no GPU")
 def test_without_a_gpu() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.gpu"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,17 +46,7 @@ def check_async_save(row: Row, path: Path) -> None:
     assert average.n_averaged == 1
 
 
-class InFolder:
-    """A check that a rank can be sent."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __call__(self, row: Row) -> None:
-        check_async_save(row, self.path)
-
-
 @pytest.mark.filterwarnings("ignore:Multiple backends are registered")
 @one_size
 def test_what_is_saved_is_of_the_moment_of_the_call(row: str, world_size: int, tmp_path: Path) -> None:
-    run_row(row, world_size, InFolder(tmp_path / "checkpoint"))
+    run_row(row, world_size, partial(check_async_save, path=tmp_path / "checkpoint"))

@@ -200,6 +200,23 @@ def test_items_are_not_tensors(tmp_path):
         average.load_state_dict({**average.state_dict(), "ema": {"0.weight": torch.zeros(5, 3)}})
 
 
+def test_items_are_copied_as_torch_2_8_does() -> None:
+    """Its dcp.async_save fills what `zeros_like` gave; what has no dimensions it would make a number."""
+    net = model()
+    net.register_parameter("gain", nn.Parameter(torch.tensor(2.0)))
+    average = ShardedAverage(net, RULES)
+    average.update()
+    item, scalar = (average.state_dict()["ema"][name] for name in ("0.weight", "gain"))
+    copied = torch.zeros_like(item, device="cpu")
+    copied.copy_(item)
+    before = item._local.clone()
+    item._local.add_(1.0)  # training goes on
+    assert torch.equal(copied._local, before)
+    assert copied._patches == item._patches
+    with pytest.raises(CheckpointError, match=r"call average\.async_save\(folder\)"):
+        torch.tensor(0.0).copy_(scalar)
+
+
 def test_a_refused_load_of_the_users_own_checkpoint_changes_nothing(tmp_path):
     """DCP has read everything before the fit can be judged: into memory of its own."""
     net = model()
