@@ -12,33 +12,40 @@ with average.swapped():         # the model computes with averaged weights
 from .version import __version__  # first: where torch is too old, it says so
 
 # isort: split
-from .averager import ShardedAverage
-from .errors import (
-    CheckpointError,
-    ConfigError,
-    EngineVersionError,
-    LayoutChangedError,
-    NotStartedError,
-    PeerError,
-    ReplicaError,
-    ShardedAvgError,
-    SwapError,
-    UnsupportedModelError,
-)
-from .evaluation.batch_norm import refreshed_batch_norm
-from .evaluation.buffers import averaged_buffers
-from .formats.open import load_averaged_state_dict
-from .rules import decays
-from .rules.base import AbstractRule, Moment
-from .rules.cosine_merge import CosineMerge
-from .rules.custom import CustomRule
-from .rules.ema import EMA
-from .rules.lawa import LAWA
-from .rules.polynomial import PolynomialAverage
-from .rules.power import PowerAverage
-from .rules.schedule import Schedule
-from .rules.swa import SWA
-from .saved.snapshots import Snapshots
+from .weights.names import collector_paused
+
+# `import torch` leaves a full collection due, which the next import of this size would be made to wait for: longer
+# than for all that it does itself.
+with collector_paused():
+    from .averager import ShardedAverage
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        EngineVersionError,
+        LayoutChangedError,
+        NotStartedError,
+        PeerError,
+        ReplicaError,
+        ShardedAvgError,
+        SwapError,
+        UnsupportedModelError,
+    )
+    from .evaluation.batch_norm import refreshed_batch_norm
+    from .evaluation.buffers import averaged_buffers
+    from .formats.open import load_averaged_state_dict
+    from .rules import decays
+    from .rules.base import AbstractRule, Moment
+    from .rules.cosine_merge import CosineMerge
+    from .rules.custom import CustomRule
+    from .rules.ema import EMA
+    from .rules.lawa import LAWA
+    from .rules.polynomial import PolynomialAverage
+    from .rules.power import PowerAverage
+    from .rules.schedule import Schedule
+    from .rules.swa import SWA
+    from .saved.snapshots import Snapshots
+
+del collector_paused
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",

@@ -104,7 +104,7 @@ def main() -> None:
         run = read(args.check)
         print(table([run]))
         sys.exit(any(count.passed < count.ran for count in run.counts.values()))
-    order = ("oldest", "pinned", "newest", "nightly")
+    order = ("oldest", "pinned-3.11", "pinned-3.12", "newest-3.13", "newest-3.14", "nightly")
     folders = [RUNS / name for name in order if (RUNS / name / "doctor.json").exists()]
     text = table([read(folder) for folder in folders])
     print(text)
