@@ -31,9 +31,16 @@ def started(model: nn.Module, num_averages: int = 1) -> ShardedAverage:
     return average
 
 
-def ours(average: ShardedAverage, moved_bytes: int, target: float | None = None) -> Contender:
-    """`average.update`, as a contender."""
-    return Contender(OURS, average.update, moved_bytes, target)
+def ours(
+    average: ShardedAverage, moved_bytes: int, target: float | None = None, *, unscheduled: bool = False
+) -> Contender:
+    """`average.update`, as a contender; `unscheduled` where an engine tells that there was no step since the last."""
+
+    def update() -> None:
+        if not average.update(unscheduled=unscheduled):
+            raise RuntimeError("update() took nothing in, so that its time says nothing")
+
+    return Contender(OURS, update, moved_bytes, target)
 
 
 def update_case(name: str, make: Callable[[], nn.Module], target: float | None = None) -> Case:

@@ -90,6 +90,17 @@ def test_every_local_case_does_one_update_a_call() -> None:
             assert case.memory.ratio == 1.0
 
 
+def test_an_update_that_takes_nothing_in_is_not_timed() -> None:
+    """As an engine's second one after a step: it would look a hundred times as fast as it is."""
+    model = torch.nn.Linear(3, 5)
+    average = local.started(model)
+    average.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="took nothing in"):
+        local.ours(average, 12).call()
+    local.ours(average, 12, unscheduled=True).call()
+    assert average.n_averaged == 2
+
+
 def test_rivals_average_as_we_do() -> None:
     """P43: the same decay on the same weights: what is compared is the same work (ema-pytorch warms its decay up)."""
     model = tensors(3, 5)
