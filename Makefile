@@ -6,6 +6,7 @@
 # make matrix    the oldest, the pinned and the newest versions, the wheel alone, the site: noxfile.py (hours, many GB)
 # make table     the README's table of versions, from what `make matrix` left
 # make dist      wheel and sdist, in dist/
+# make gpu       what only a GPU can show, in at most six minutes: tests/gpu; without one it says so
 # make bench     what an update costs beside what else a user could pick
 # make clean     back to a fresh clone
 #
@@ -27,7 +28,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # What DeepSpeed compiles has paths of this environment in it: it lives and dies with it.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
-.PHONY: setup demo test test-all lint docs matrix table dist bench clean
+.PHONY: setup demo test test-all lint docs matrix table dist gpu bench clean
 
 demo: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 examples/text_fsdp2.py
@@ -56,6 +57,9 @@ table: $(READY)
 dist: $(READY)
 	$(INSTALL) build
 	$(BIN)/python -m build
+
+gpu: $(READY)
+	$(BIN)/python -m tests.gpu
 
 bench: $(READY)
 	$(BIN)/python -m sharded_avg.benchmark

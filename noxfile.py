@@ -86,7 +86,7 @@ def nightly(session: nox.Session) -> None:
     """What will be released next, to be told before users are."""
     index = os.environ.get("TORCH_NIGHTLY", "")
     if not index:
-        session.skip("name an index of torch's nightly builds in TORCH_NIGHTLY")
+        session.error("name an index of torch's nightly builds in TORCH_NIGHTLY")
     session.install("--pre", "torch", "--index-url", index)
     install(session, "torch", "lightning", "deepspeed")
     check(session)

@@ -40,7 +40,9 @@ def main() -> None:
     assert about["Description-Content-Type"] == "text/markdown"
     assert (about.get_payload() or about["Description"]).strip() == README.read_text().strip()
     assert "weight averaging" in about["Keywords"]
-    print("metadata    the README is the description; authors, keywords")
+    addresses = dict(text.split(", ", 1) for text in about.get_all("Project-URL", []))
+    assert addresses.keys() >= {"Documentation", "Source", "Changelog", "Issues"}, addresses
+    print("metadata    the README is the description; authors, keywords, addresses")
 
     import sharded_avg
 

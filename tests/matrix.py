@@ -5,8 +5,9 @@
     python -m tests.matrix --check FOLDER  one run: exit 1 unless all of it passed
 
 A run is a folder with doctor.json (`sharded-avg doctor --json`) and reports of pytest, all or some of unit.xml,
-ranks.xml and lightning.xml. A column that was not run has a dash; a run of a selection says so in a file `selection`,
-whose text becomes a footnote.
+ranks.xml and lightning.xml. A column that was not run has a dash; tests that were skipped are in no count. What a
+reader should know of a run (that it was of a selection, say) is in its file `selection`, which becomes a footnote.
+The README's rows of runs that are not in runs/matrix here stay as they are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "matrix"
+README = ROOT / "README.md"
+ORDER = ("oldest", "pinned-3.11", "pinned-3.12", "newest-3.13", "newest-3.14", "nightly")
 BEGIN, END = "<!-- python -m tests.matrix --write -->", "<!-- end -->"
 SUITES = ("unit", "ranks", "lightning")
 ABOUT_DEEPSPEED = re.compile(r"zero|deepspeed", re.IGNORECASE)
@@ -46,6 +49,15 @@ class Run:
     counts: dict[str, Count]
     date: str
     selection: str
+
+
+@dataclass
+class Row:
+    """A line of the table: what stands behind the name, and the footnote, if any."""
+
+    name: str
+    cells: list[str]
+    note: str
 
 
 def read(folder: Path) -> Run:
@@ -78,19 +90,33 @@ def _count(report: Path, suite: str, counts: dict[str, Count]) -> None:
             counts[column].passed += not failed
 
 
-def table(runs: list[Run]) -> str:
-    """Markdown: a line for each run, and what was not whole below it."""
+def row_of(run: Run) -> Row:
+    """A run's line, and its footnote."""
+    versions = [run.versions.get(name, "-") for name in ("python", "torch", "lightning", "deepspeed")]
+    counts = [str(run.counts[column]) for column in (*SUITES, "deepspeed")]
+    return Row(run.name, [*versions, *counts, run.date], run.selection)
+
+
+def rows_in(text: str) -> list[Row]:
+    """The rows of a table that `table` has made."""
+    notes = dict(re.findall(r"^\((\d+)\) (.+)$", text, re.MULTILINE))
+    rows = []
+    for name, mark, cells in re.findall(r"^\| ([a-z][\w.-]*)(?: \((\d+)\))? \| (.+) \|$", text, re.MULTILINE):
+        rows.append(Row(name, cells.split(" | "), notes.get(mark, "")))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line for each run, and the footnotes below it."""
     lines = [
         "| | Python | torch | Lightning | DeepSpeed | unit | ranks | Lightning | of the last two, DeepSpeed | date |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    notes = [run for run in runs if run.selection]
-    for run in runs:
-        mark = f" ({notes.index(run) + 1})" if run in notes else ""
-        versions = [run.versions.get(name, "-") for name in ("python", "torch", "lightning", "deepspeed")]
-        counts = [str(run.counts[column]) for column in (*SUITES, "deepspeed")]
-        lines.append(f"| {' | '.join([run.name + mark, *versions, *counts, run.date])} |")
-    lines += ["", *(f"({number}) {run.selection}" for number, run in enumerate(notes, start=1))]
+    noted = [row for row in rows if row.note]
+    for row in rows:
+        mark = f" ({noted.index(row) + 1})" if row.note else ""
+        lines.append(f"| {' | '.join([row.name + mark, *row.cells])} |")
+    lines += ["", *(f"({number}) {row.note}" for number, row in enumerate(noted, start=1))]
     return "\n".join(lines).rstrip()
 
 
@@ -102,17 +128,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.check:
         run = read(args.check)
-        print(table([run]))
+        print(table([row_of(run)]))
         sys.exit(any(count.passed < count.ran for count in run.counts.values()))
-    order = ("oldest", "pinned-3.11", "pinned-3.12", "newest-3.13", "newest-3.14", "nightly")
-    folders = [RUNS / name for name in order if (RUNS / name / "doctor.json").exists()]
-    text = table([read(folder) for folder in folders])
+    found = {name: row_of(read(RUNS / name)) for name in ORDER if (RUNS / name / "doctor.json").exists()}
+    if not found:
+        sys.exit(f"no run has left its reports in {RUNS}: make matrix")
+    before, _, rest = README.read_text().partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    rows = {row.name: row for row in rows_in(inside)} | found
+    text = table([rows[name] for name in ORDER if name in rows])
     print(text)
     if args.write:
-        readme = (ROOT / "README.md").read_text()
-        before, _, rest = readme.partition(BEGIN)
-        after = rest.partition(END)[2]
-        (ROOT / "README.md").write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+        README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
 if __name__ == "__main__":

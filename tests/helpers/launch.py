@@ -70,6 +70,7 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     inherited = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # several ranks, which one GPU would not do; tests/gpu is what runs there
     if sys.platform == "linux":
         environment["GLOO_SOCKET_IFNAME"] = "lo"  # works on machines whose own host name does not resolve
     with log.open("wb") as output:

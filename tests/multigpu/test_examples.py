@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -145,13 +144,14 @@ def write_honest_result(folder: Path, verify: Any) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def test_which_rule():
+def test_which_rule(tmp_path: Path) -> None:
     """Every rule under every learning rate: that it runs, on a toy."""
-    command = [sys.executable, str(EXAMPLES / "which_rule.py"), "--tiny", "--steps", "8", "--seeds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    command = [str(EXAMPLES / "which_rule.py"), "--tiny", "--steps", "8", "--seeds", "1"]
+    done = run_python(command, tmp_path, timeout_s=200)
+    assert done.code == 0, done.output
     which_rule = import_example("which_rule")
     names = [name.replace("@", ".") for name in (*which_rule.whole_run(8), *which_rule.last_part(8))]
-    assert all(done.stdout.count(f" {name} ") == len(which_rule.RATES) for name in names)
+    assert all(done.output.count(f" {name} ") == len(which_rule.RATES) for name in names)
 
 
 @pytest.mark.further

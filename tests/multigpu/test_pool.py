@@ -188,7 +188,7 @@ def test_ranks_die_with_pytest_even_while_they_hang() -> None:
 def run_pytest(*launcher: str, select: str, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *launcher, "-m", "pytest", str(THIS), "-k", select, "-p", "no:cacheprovider", *arguments]
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = outside | {"OMP_NUM_THREADS": "1"}
+    environment = outside | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
