@@ -44,6 +44,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs: $(READY)
+	$(BIN)/python -m tests.unit.test_docstrings
 	$(INSTALL) --no-build-isolation --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -25,10 +25,12 @@ class CosineMerge(AbstractLerpRule):
         number("CosineMerge(steps", self.steps, above=0, for_example=10_000)
 
     def weight(self, at: Moment) -> float:
+        """w = (f(b) - f(a)) / (1 - f(a)), as the class says (arXiv 2507.17634), and 0 after `steps`."""
         before, after = _f(at.age / self.steps), _f((at.age + at.elapsed) / self.steps)
         return (before - after) / (1 - after) if after < 1 else 0.0
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, and `steps`."""
         return {"kind": "CosineMerge", "steps": self.steps}
 
 

@@ -37,6 +37,10 @@ class CustomRule(AbstractRule):
             raise ConfigError(f"CustomRule({given[0]}={getattr(self, given[0])!r}): must be callable")
 
     def update_(self, averaged: Sequence[Tensor], current: Sequence[Tensor], at: Moment) -> None:
+        """Call `multi_avg_fn` once for all pieces, or `avg_fn` for each, whose result is copied into the average.
+
+        Raises `ConfigError` if `avg_fn` returns anything but a tensor of the piece's shape.
+        """
         if self.multi_avg_fn is not None:
             self.multi_avg_fn(list(averaged), list(current), at.num_averaged)
         elif self.avg_fn is not None:
@@ -54,6 +58,7 @@ class CustomRule(AbstractRule):
         return result
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, and the module and name of the function."""
         fn = self.avg_fn if self.avg_fn is not None else self.multi_avg_fn
         where = f"{getattr(fn, '__module__', '?')}:{getattr(fn, '__qualname__', type(fn).__qualname__)}"
         return {"kind": "CustomRule", "function": where}

@@ -81,6 +81,11 @@ class EMA(AbstractLerpRule):
         return replace(self, batch_factor=self.batch_factor * batch_factor)
 
     def weight(self, at: Moment) -> float:
+        """w(n) = 1 - decay^(k * batch_factor), where k is 1, or per step the steps that the update stands for.
+
+        The power of `batch_factor` is the scaling rule of arXiv 2307.13813. A decay that changes gives its own share
+        that stays over k * batch_factor (`AbstractDecay.over`).
+        """
         t, elapsed = (at.num_averaged, 1) if self.per == "update" else (at.age, at.elapsed)
         decay = WarmupTF(decay=self.decay) if self.warmup else self.decay  # type: ignore[arg-type]
         if isinstance(decay, AbstractDecay):
@@ -88,6 +93,7 @@ class EMA(AbstractLerpRule):
         return float(1 - decay ** (elapsed * self.batch_factor))
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, decay, warmup, and what is not at its default."""
         decay = self.decay.settings() if isinstance(self.decay, AbstractDecay) else self.decay
         changed = {name: value for name, value in asdict(self).items() if value != getattr(EMA, name)}
         return {"kind": "EMA", **changed, "decay": decay, "warmup": self.warmup}

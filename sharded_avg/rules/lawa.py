@@ -49,9 +49,11 @@ class LAWA(AbstractRule):
         )
 
     def snapshots(self) -> tuple[int, torch.dtype | None]:
+        """`last` of them, in `dtype`."""
         return self.last, self.dtype
 
     def takes(self, step: int, latest: int) -> bool:
+        """Whether a multiple of `every` lies after step `latest`, and not after `step`."""
         return step // self.every > latest // self.every
 
     def update_(self, averaged: Sequence[Tensor], current: Sequence[Tensor], at: Moment) -> None:
@@ -64,5 +66,6 @@ class LAWA(AbstractRule):
         yield from [1 / len(found)] * len(found)
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind and the settings, a dtype by its name ("bfloat16")."""
         dtype = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return {"kind": "LAWA", "last": self.last, "every": self.every, "dtype": dtype}

@@ -24,7 +24,9 @@ class PolynomialAverage(AbstractLerpRule):
         number("PolynomialAverage(eta", self.eta, least=0, for_example=1)
 
     def weight(self, at: Moment) -> float:
+        """w(n) = (eta + 1) / (n + 1 + eta) (Shamir and Zhang, 2013)."""
         return (self.eta + 1) / (at.num_averaged + 1 + self.eta)
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, and `eta`."""
         return {"kind": "PolynomialAverage", "eta": self.eta}

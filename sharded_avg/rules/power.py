@@ -68,10 +68,12 @@ class PowerAverage(AbstractLerpRule):
         return _sigma_rel(self.power - 1)
 
     def weight(self, at: Moment) -> float:
+        """w(n) = 1 - (n / (n + 1))^power (arXiv 2312.02696, equation 127, where power = gamma + 1)."""
         n = at.num_averaged
         return float(1 - (n / (n + 1)) ** self.power)
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, and `power`."""
         return {"kind": "PowerAverage", "power": self.power}
 
 

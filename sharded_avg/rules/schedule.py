@@ -84,6 +84,7 @@ class Schedule(AbstractSchedule):
         return (step - self.start_step) % self.every_steps == 0
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind, and the settings that are not `None`."""
         return {"kind": "Schedule", **{name: value for name, value in asdict(self).items() if value is not None}}
 
 

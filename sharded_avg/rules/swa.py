@@ -16,7 +16,9 @@ class SWA(AbstractLerpRule):
     """
 
     def weight(self, at: Moment) -> float:
+        """w(n) = 1 / (n + 1) (Izmailov et al., 2018, section 3)."""
         return 1 / (at.num_averaged + 1)
 
     def settings(self) -> dict[str, Any]:
+        """What to write into a checkpoint's manifest: the kind."""
         return {"kind": "SWA"}
