@@ -248,10 +248,7 @@ def composer(model: State, algorithms: list[Any]) -> dict[str, Any]:
 
 
 def composer_ema(values: State, *, active: bool, started: bool = True) -> list[Any]:
-    dicts = {
-        "named_parameters_dict": dict(list(values.items())[:3]),
-        "named_buffers_dict": dict(list(values.items())[3:]),
-    }
+    dicts = {"named_parameters_dict": values, "named_buffers_dict": {}}
     return [("EMA", {"repr": "EMA()", "ema_model": dicts, "ema_weights_active": active, "ema_started": started})]
 
 
@@ -275,7 +272,7 @@ def _(folder: Path) -> Sample:
 def _(folder: Path) -> Sample:
     swa_model = {"n_averaged": torch.tensor(3), **prefixed("module.", AVERAGE)}
     swa = {"swa_model": swa_model, "swa_completed": False, "swa_started": True, "swa_scheduler": None}
-    return saved(folder, composer(RAW, [("SWA", {**swa, "step_counter": 3})]), facts={"n_averaged": 3})
+    return saved(folder, composer(RAW, [("SWA", {**swa, "step_counter": 3})]), facts={"n_averaged": 3, "step": 8})
 
 
 @sample("mmengine")

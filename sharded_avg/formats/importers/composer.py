@@ -1,6 +1,8 @@
 """Averages in Composer's checkpoints, where the algorithms keep them or have swapped them into the model.
 
 ComposerImporter  EMA: the algorithm's dicts, or `state.model` while `ema_weights_active`; SWA: `swa_model`
+
+Both lists of an EMA, whichever weights are in them, name what it averages: frozen parameters are in the model alone.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...files.source import AbstractSource
+from ...weights.names import clean
 from .base import AbstractImporter, Content, Names, is_state
 
 
@@ -22,24 +25,27 @@ class ComposerImporter(AbstractImporter):
 
     def average(self, content: Content, names: Names | None = None) -> AbstractSource:
         place = self.place(content)
-        state = _algorithms(content)[place]
+        state, step = _algorithms(content)[place], content.number("state.timestamp.Timestamp.batch")
         if "swa_model" in state:
             if not is_state(state["swa_model"]):
                 raise content.refuse("its SWA has not begun: swa_model is empty. Use a later checkpoint")
             n_averaged = self.started(content, content.number(f"{place}swa_model.n_averaged"))
             flats = content.under(f"{place}swa_model.module.")
-            return self.found(content, flats, n_averaged=n_averaged, rule={"kind": "SWA"})
+            return self.found(content, flats, n_averaged=n_averaged, step=step, rule={"kind": "SWA"})
         if state.get("ema_started") is False:
             self.started(content, 0)
         active = state.get("ema_weights_active")
         if not isinstance(active, bool):
             raise content.refuse(f"ema_weights_active is {active!r}, so it does not say which weights are the average")
         model = f"{place}ema_model."
+        trained = content.under(f"{model}named_parameters_dict.")
         flats = content.under(f"{model}named_parameters_dict.", f"{model}named_buffers_dict.")
         flats = flats or content.under(model)  # before 0.13
         if active:  # what the algorithm then holds is raw
             flats = content.under("state.model.")
-        return self.found(content, flats, step=content.number("state.timestamp.Timestamp.batch"))
+        inside = set(map(clean, flats))
+        averaged = [name for name in map(clean, trained) if name in inside] or None
+        return self.found(content, flats, averaged=averaged, step=step)
 
 
 def _algorithms(content: Content) -> dict[str, dict[str, Any]]:

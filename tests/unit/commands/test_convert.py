@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from sharded_avg import EMA, SWA, CheckpointError, ConfigError, ShardedAverage, load_averaged_state_dict
 from sharded_avg.commands.cli import main
 from sharded_avg.commands.conversion import Conversion, read_names
-from tests.helpers.foreign import BUILDERS, NAMES, SHAPES, Sample, State
+from tests.helpers.foreign import BUILDERS, NAMES, SHAPES, Sample, State, composer, composer_ema
 from tests.helpers.further import further
 from tests.unit.formats.models import Named, Net, equal, full
 
@@ -98,6 +98,29 @@ def test_ties_buffers_and_frozen_parameters(tmp_path: Path) -> None:
     fresh = Net()
     fresh.load_state_dict(loaded)
     assert equal(fresh.state_dict(), expected)
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_composers_file_names_what_is_averaged(active: bool, tmp_path: Path) -> None:
+    """Its EMA lists the trained parameters: frozen ones, which `state["model"]` has, too, are not taken for averages."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"trained": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5), "frozen": nn.Linear(5, 7)})
+    net["frozen"].requires_grad_(False)
+    average = {name: torch.randn(p.shape) for name, p in net.named_parameters() if p.requires_grad}
+    buffers = {name: value.clone() + 1 for name, value in net.named_buffers()}
+    raw = {name: value.clone() for name, value in net.state_dict().items()}
+    swapped = {**raw, **average, **buffers}
+    in_model, in_algorithm = (swapped, raw) if active else (raw, swapped)
+    ema = composer_ema({name: in_algorithm[name] for name in average}, active=active)
+    ema[0][1]["ema_model"]["named_buffers_dict"] = {name: in_algorithm[name] for name in buffers}
+    torch.save(composer(in_model, ema), tmp_path / "ep1.pt")
+    Conversion(src=tmp_path / "ep1.pt", out=tmp_path / "ours", to="sharded_avg").run()
+    own = ShardedAverage(net, EMA(decay=0.5))
+    own.load(tmp_path / "ours")
+    with own.swapped():
+        assert all(torch.equal(p, average[name]) for name, p in net.named_parameters() if p.requires_grad)
+    loaded = load_averaged_state_dict(tmp_path / "ours")
+    assert all(torch.equal(loaded[name], value) for name, value in (average | buffers).items())
 
 
 def test_without_names_the_statistics_of_batch_norm_are_buffers(tmp_path: Path) -> None:
