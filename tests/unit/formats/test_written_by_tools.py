@@ -123,3 +123,39 @@ def test_timm_wrote_it(tmp_path: Path) -> None:
     folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
     timm_utils.CheckpointSaver(model, optimizer, model_ema=tool, **folders).save_checkpoint(0, metric=1.0)
     check(Sample(tmp_path / "last.pth.tar", average=copied(tool.module)), "timm")
+
+
+def test_composer_wrote_it(tmp_path: Path) -> None:
+    """Its EMA is swapped in when it is saved; frozen parameters are in the file, and no part of the average."""
+    pytest.importorskip("composer", exc_type=ImportError)
+    from composer import Trainer
+    from composer.algorithms import EMA
+    from composer.models import ComposerModel
+    from torch.utils.data import DataLoader
+
+    class Small(ComposerModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.frozen = small(), nn.Linear(2, 3).requires_grad_(False)
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.net(batch)
+            return out
+
+        def loss(self, outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+            return outputs.square().mean()
+
+    model, tool = Small(), EMA(half_life="50ba")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    loader: DataLoader[torch.Tensor] = DataLoader(torch.randn(20, 3), batch_size=5)  # type: ignore[arg-type]
+    options = {"device": "cpu", "progress_bar": False, "save_folder": str(tmp_path), "save_filename": "ep{epoch}.pt"}
+    Trainer(model=model, train_dataloader=loader, max_duration="2ep", optimizers=optimizer, algorithms=tool, **options).fit()
+    assert tool.ema_weights_active  # since the checkpoint: what the algorithm then holds is raw
+    found = find_importer(tmp_path / "ep2.pt", ignore_classes=True)
+    assert found is not None
+    source = found.open()
+    assert source.facts["step"] == 8
+    assert set(source.facts["averaged"]) == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name in source.facts["averaged"]:
+        assert torch.equal(source.read(name), model.state_dict()[name])
+        assert not torch.equal(source.read(name), tool.ema_model.named_parameters_dict[name])
