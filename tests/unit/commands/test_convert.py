@@ -102,7 +102,7 @@ def test_ties_buffers_and_frozen_parameters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("active", [True, False])
 def test_composers_file_names_what_is_averaged(active: bool, tmp_path: Path) -> None:
-    """Its EMA lists the trained parameters: frozen ones, which `state["model"]` has, too, are not taken for averages."""
+    """Its EMA lists the trained parameters: frozen ones, which are in `state["model"]`, are not taken for averages."""
     torch.manual_seed(0)
     net = nn.ModuleDict({"trained": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5), "frozen": nn.Linear(5, 7)})
     net["frozen"].requires_grad_(False)

@@ -149,7 +149,9 @@ def test_composer_wrote_it(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     loader: DataLoader[torch.Tensor] = DataLoader(torch.randn(20, 3), batch_size=5)  # type: ignore[arg-type]
     options = {"device": "cpu", "progress_bar": False, "save_folder": str(tmp_path), "save_filename": "ep{epoch}.pt"}
-    Trainer(model=model, train_dataloader=loader, max_duration="2ep", optimizers=optimizer, algorithms=tool, **options).fit()
+    Trainer(
+        model=model, train_dataloader=loader, max_duration="2ep", optimizers=optimizer, algorithms=tool, **options
+    ).fit()
     assert tool.ema_weights_active  # since the checkpoint: what the algorithm then holds is raw
     found = find_importer(tmp_path / "ep2.pt", ignore_classes=True)
     assert found is not None
