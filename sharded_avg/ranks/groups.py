@@ -72,7 +72,7 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
     key, patience = tuple(ranks), datetime.timedelta(seconds=bounds.PATIENCE_S)
     if key not in _groups or _groups[key][0] is not dist.group.WORLD:
         try:
-            made: dist.ProcessGroup = dist.new_group(ranks, timeout=patience, use_local_synchronization=True)
+            made = _made_by_its_members(ranks, patience)
         except RuntimeError as error:  # which one, and its words, depend on the store
             raise PeerError(
                 f"no group of ranks {ranks}, which hold this model together, could be made: {error}. Most likely one "
@@ -83,6 +83,28 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
 
 
 _groups: dict[tuple[int, ...], tuple[Any, dist.ProcessGroup]] = {}
+
+
+def _made_by_its_members(ranks: list[int], patience: datetime.timedelta) -> dist.ProcessGroup:
+    """What `new_group(ranks, use_local_synchronization=True)` would make, but under a name that is the same on all.
+
+    torch names it by how many groups the process knows (to 2.14) or has made (2.15): members that are in different
+    groups besides would wait for each other under different names, and from 2.15 on ranks that are no members would
+    number every group that the job makes later otherwise than these do, and wait for them in vain.
+
+    A job that is bound to a device makes each group of nccl by a split in which all its ranks take part: gloo does not.
+    """
+    c10d = dist.distributed_c10d
+    job = c10d._get_default_group()
+    backend, store = c10d._world.pg_map[job]
+    if job.bound_device_id is not None:
+        backend = dist.Backend.GLOO
+    place, name = {rank: index for index, rank in enumerate(ranks)}, f"sharded_avg:{','.join(map(str, ranks))}"
+    made, _ = c10d._new_process_group_helper(
+        len(ranks), place[dist.get_rank()], ranks, dist.Backend(backend), store, name, timeout=patience, group_desc=name
+    )
+    c10d._world.pg_group_ranks[made] = place
+    return made  # type: ignore[no-any-return]
 
 
 def leave(code: int = 0) -> NoReturn:
