@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from sharded_avg.ranks import leave
-from tests.helpers import pool, sharing
+from tests.helpers import excepted_warnings, pool, sharing
 from tests.helpers.further import is_further
 
 _exit_status = 0
@@ -35,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Settings of this process, and of all that it starts."""
     sharing.start(config)
+    excepted_warnings.add_to(config)
+    excepted_warnings.for_children()
     torch.set_num_threads(1)  # test tensors are tiny, and the ranks of the pool need the other cores
     # DeepSpeed compiles its ops at first use, with paths of this environment. In the user's common cache, two
     # environments would rebuild them in turns, and wait for each other's locks.

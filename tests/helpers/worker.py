@@ -144,7 +144,7 @@ def _guard_like_pytest() -> Callable[[], contextlib.AbstractContextManager[None]
 
     config = _prepareconfig(["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"])
     install_importhook(config)
-    filters = config.getini("filterwarnings")
+    filters = config.getini("filterwarnings")  # with those of helpers/excepted_warnings.py, a plugin by PYTEST_PLUGINS
 
     @contextlib.contextmanager
     def guard() -> Iterator[None]:
