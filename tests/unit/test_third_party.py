@@ -72,7 +72,7 @@ NOT_INTERNALS = {"_exit", "_getframe", "_Stop", "_Unpickler", "_replace", "_extr
 MORE_ROWS = (("torch.nn.modules.batchnorm", "_BatchNorm"), ("lightning.fabric.wrappers", "_FabricModule"))
 PACKAGES = ("torch", "deepspeed", "lightning", "pytorch_lightning")
 # Classes that only some of the supported releases have: the first and the last of them that has it.
-CLASS_SPANS = {"SuperOffloadOptimizer_Stage3": ("0.18", None), "MiCS_Optimizer": ("0.16.9", "0.19.0")}
+CLASS_SPANS = {"SuperOffloadOptimizer_Stage3": ("0.18", None), "MiCS_Optimizer": ("0.16.9", "0.19.6")}
 
 
 class Internal(NamedTuple):
