@@ -26,6 +26,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sharded_avg import PowerAverage, ShardedAverage, Snapshots
 from sharded_avg.ranks import leave
+from sharded_avg.version import how_to_install
 
 SHAPE = Shape(context=32, width=32, num_layers=2, num_heads=2)
 LEARNING_RATE, BATCH_SIZE = 3e-3, 8  # windows on each rank
@@ -98,7 +99,7 @@ def plot(args: argparse.Namespace, points: list[Point], best: Point, raw: float,
     try:
         import matplotlib
     except ImportError:
-        return "no picture: pip install 'sharded-avg[plots]'"
+        return f"no picture: {how_to_install('matplotlib')}"
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 

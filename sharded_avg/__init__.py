@@ -9,7 +9,15 @@ with average.swapped():         # the model computes with averaged weights
     evaluate(model)
 """
 
-from .version import __version__  # first: where torch is too old, it says so
+from .version import __version__, require_torch
+
+try:
+    require_torch()  # before anything that needs it
+except ImportError as error:
+    from .commands.without_torch import exit_if_started  # a package that raises here has no command line of its own
+
+    exit_if_started(error)
+    raise
 
 # isort: split
 from .weights.names import collector_paused
@@ -45,7 +53,7 @@ with collector_paused():
     from .rules.swa import SWA
     from .saved.snapshots import Snapshots
 
-del collector_paused
+del collector_paused, require_torch
 
 __all__ = [  # noqa: RUF022 plainly sorted, as a test checks
     "AbstractRule",

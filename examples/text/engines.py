@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_avg.version import how_to_install
+
 
 @dataclass(frozen=True)
 class Training:
@@ -85,7 +87,7 @@ def import_deepspeed():  # type: ignore[no-untyped-def]
     try:
         import deepspeed
     except ImportError as error:
-        raise SystemExit(f"this needs DeepSpeed ({error}): pip install deepspeed") from error
+        raise SystemExit(f"this needs DeepSpeed ({error}): {how_to_install('deepspeed')}") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # names that DeepSpeed uses
     return deepspeed

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharded_avg.version import how_to_install
+
 OCCASIONAL_LINES = 5  # of progress, where the output is not a terminal
 
 
@@ -116,7 +118,7 @@ def plot(title: str, points: list[Point], path: Path) -> str:
     try:
         import matplotlib
     except ImportError:
-        return "no picture: pip install 'sharded-avg[plots]'"
+        return f"no picture: {how_to_install('matplotlib')}"
     matplotlib.use("Agg")  # no screen needed
     import matplotlib.pyplot as plt
 

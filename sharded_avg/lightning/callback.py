@@ -29,7 +29,7 @@ from .resuming import LoadHook, Pending, forget_load
 from .saving import SaveHook
 from .settings import Included, count, dtype_of, evaluation, main_of, rules_of, snapshots_of
 from .stepping import StepWatch
-from .trainers import callback_class, check, evaluation_loops, is_named, job_group, spans_rank_0
+from .trainers import callback_class, check, evaluation_loops, is_named, job_group, spans_rank_0, tell_left_out
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class WeightAveraging(Callback):
         check_replicas_every_n_updates: int = 0,
         snapshots: Mapping[str, Any] | None = None,
     ) -> None:
+        tell_left_out()
         self.rules = rules_of(rule, avg_fn, multi_avg_fn)
         self.rule = self.rules if len(self.rules) > 1 else next(iter(self.rules.values()))
         self.end_with, self.main = end_with, main_of(end_with, self.rules)

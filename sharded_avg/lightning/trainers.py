@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch.distributed as dist
 
 from .. import EngineVersionError
-from ..integration import require, requirement
+from ..integration import how_to_install, is_too_old, requirement
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 # strategy class -> the attribute that says whether it writes folders, and the value that does
@@ -33,26 +35,58 @@ _FOLDER_FLAGS = {
     "FSDPStrategy": ("_state_dict_type", "sharded"),
     "ModelParallelStrategy": ("_save_distributed_checkpoint", True),
 }
+_left_out: list[tuple[str, str]] = []  # (package, why): installed, and no base of our callbacks
 
 
 def callback_class() -> type:
-    """A class that is a `Callback` of every Lightning that is installed."""
-    bases, errors = [], []
+    """A class that is a `Callback` of every Lightning that is installed, and not too old."""
+    bases, _left_out[:] = [], []
     for package in PACKAGES:
         if find_spec(package.partition(".")[0]) is None:
             continue
-        try:
-            found = importlib.import_module(package)
-            require("lightning", found.__version__)
-            bases.append(found.Callback)
-        except (ImportError, AttributeError) as error:
-            errors.append(f"{package}: {error!r}")
+        base = _callback_of(package)
+        if isinstance(base, str):
+            _left_out.append((package, base))
+        else:
+            bases.append(base)
     if not bases:
         raise EngineVersionError(
-            f"sharded_avg.lightning needs {requirement('lightning')}, and {'; '.join(errors) or 'none is installed'}. "
-            "Install it with: pip install 'sharded-avg[lightning]'"
+            f"sharded_avg.lightning needs {requirement('lightning')}, and "
+            f"{', '.join(f'{package} {reason}' for package, reason in _left_out) or 'none is installed'}. "
+            f"Install it with: {how_to_install('lightning')}"
         )
     return type("Callback", tuple(bases), {"__doc__": "A callback of every Lightning that is installed."})
+
+
+def _callback_of(package: str) -> type | str:
+    """The class, or why it cannot be had. One that is too old is not imported, so that it is known who did."""
+    version = getattr(sys.modules.get(package), "__version__", None) or _installed_version(package.partition(".")[0])
+    if version is not None and is_too_old("lightning", version):
+        return f"{version} is too old"
+    try:
+        callback: type = importlib.import_module(package).Callback
+    except (ImportError, AttributeError) as error:
+        return f"cannot be imported: {error!r}"
+    return callback
+
+
+def _installed_version(root: str) -> str | None:
+    try:
+        return metadata.version(root)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def tell_left_out() -> None:
+    """Warn once where the user's program has imported a Lightning whose trainers would not know our callbacks."""
+    for package, reason in [left for left in _left_out if left[0] in sys.modules]:
+        _left_out.remove((package, reason))
+        name = "pytorch-lightning" if package == "pytorch_lightning" else "lightning"
+        warnings.warn(
+            f"{package} {reason}, and has been imported: its Trainer will not take this for a callback, and may train "
+            f"without averaging. Use the other Lightning that is installed, or {how_to_install(name)}",
+            stacklevel=3,
+        )
 
 
 def is_named(thing: object, name: str) -> bool:

@@ -48,14 +48,15 @@ def wrappers(module: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             module = module.module
             continue
-        names = _FABRIC[:1] if _is_fabric(module) else _WRAPPED
+        names = _FABRIC[:1] if is_fabric(module) else _WRAPPED
         inner = next((module._modules[name] for name in names if module._modules.get(name) is not None), None)
         if inner is None:
             return
         module = inner
 
 
-def _is_fabric(module: nn.Module) -> bool:
+def is_fabric(module: nn.Module) -> bool:
+    """Whether it is what `Fabric.setup` makes of a module."""
     # By name: nothing here imports Lightning, which may be installed as `lightning` or as `lightning_fabric`.
     return type(module).__name__ == "_FabricModule" and all(name in module._modules for name in _FABRIC)
 

@@ -11,6 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+try:
+    import sharded_avg  # noqa: F401
+except ImportError as error:  # no torch, or one that is too old: it says what to install
+    sys.exit(str(error))
+
 import torch
 
 from . import checks, report

@@ -8,6 +8,7 @@ import inspect
 import pickle
 import re
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -214,9 +215,48 @@ def test_one_package_is_enough(present: str) -> None:
         assert callback_class().__bases__ == (importlib.import_module(present).Callback,)
     with (
         mock.patch("sharded_avg.lightning.trainers.find_spec", return_value=None),
-        pytest.raises(ImportError, match=r"needs lightning>=2\.6.*none is installed.*'sharded-avg\[lightning\]'"),
+        pytest.raises(ImportError, match=r"needs lightning>=2\.6.*none is installed\. Install it with: pip install '"),
     ):
         callback_class()
+
+
+@pytest.fixture
+def left_out_anew() -> Iterator[None]:
+    """What the test finds too old is forgotten after it."""
+    yield
+    callback_class()
+
+
+def test_an_old_one_beside_a_good_one_is_told_to_who_imported_it(
+    left_out_anew: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Trainer might train without averaging, in silence. Who uses the good one is let be."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sharded_avg.lightning.trainers.metadata.version", lambda name: "1.9.5")
+        patch.delitem(sys.modules, "pytorch_lightning")  # nobody has imported it
+        assert callback_class().__bases__ == (lightning.Callback,)
+        assert "pytorch_lightning" not in sys.modules
+        EMAWeightAveraging(decay=DECAY)
+    with monkeypatch.context() as patch:
+        patch.setattr("pytorch_lightning.__version__", "1.9.5")
+        assert callback_class().__bases__ == (lightning.Callback,)
+        with pytest.warns(
+            UserWarning, match=r"pytorch_lightning 1\.9\.5 is too old.*pip install 'pytorch-lightning>=2"
+        ):
+            EMAWeightAveraging(decay=DECAY)
+        EMAWeightAveraging(decay=DECAY)  # once
+
+
+def test_old_ones_are_told_in_one_sentence(left_out_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        for package in PACKAGES:
+            patch.setattr(f"{package}.__version__", "2.2.0")
+        told = (
+            "and lightning.pytorch 2.2.0 is too old, pytorch_lightning 2.2.0 is too old. Install it with: pip install"
+        )
+        with pytest.raises(EngineVersionError, match=re.escape(told)) as error:
+            callback_class()
+    assert str(error.value).count("pip install") == 1
 
 
 def test_the_supported_range_is_one_everywhere() -> None:

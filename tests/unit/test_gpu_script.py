@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -48,6 +49,23 @@ def test_checks_of_engines(names: tuple[str, ...], tmp_path: Path) -> None:
     assert [record["name"] for record in found] == list(names)
     failed = [f"{record['name']}: {record['details']}" for record in found if record["status"] == "FAILED"]
     assert not failed, "\n".join(failed)
+
+
+@pytest.mark.own_processes
+def test_with_an_old_torch_it_says_so_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.__version__ = '2.5.1'")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("torch 2.5.1 is older than ")
 
 
 @pytest.mark.own_processes

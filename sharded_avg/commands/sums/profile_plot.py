@@ -10,6 +10,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...files.sinks import appearing
 from ...rules.power_profiles import Mixture, sigma_rel_of
+from ...version import how_to_install
 
 _NUM_POINTS = 1000
 
@@ -19,7 +20,7 @@ def require_matplotlib() -> Any:
     try:
         return import_module("matplotlib.figure")
     except ImportError as error:
-        raise ConfigError("a picture needs matplotlib. Install it with: pip install 'sharded-avg[plots]'") from error
+        raise ConfigError(f"a picture needs matplotlib. Install it with: {how_to_install('matplotlib')}") from error
 
 
 def draw_profiles(mixture: Mixture, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import ConfigError, UnsupportedModelError
+from ...version import require
 from .. import names
 from .base import AbstractLayout
 from .fsdp1 import Fsdp1Layout
@@ -39,12 +40,14 @@ def detect(model: nn.Module, process_group: dist.ProcessGroup | None = None) -> 
     `process_group`: the ranks that hold the model together, where no engine says so.
 
     Raises `ConfigError` for something that is no module and for a group that cannot be, and `UnsupportedModelError`,
-    with what to do, for a model whose parameters are not there yet or belong to an engine that was not passed.
+    with what to do, for a model whose parameters are not there yet or belong to an engine that was not passed;
+    `EngineVersionError` for an engine, or a Fabric around it, that is too old.
     """
     if process_group is not None:
         _refuse_group(process_group)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module or a DeepSpeedEngine, not {type(model).__name__}")
+    _refuse_old_fabric(model)
     model = _engine_in(model)
     if not ZeroLayout.claims(model):
         _refuse_unfinished(model)
@@ -80,6 +83,15 @@ def waits_in_forward(model: nn.Module) -> bool:
 def _engine_in(model: nn.Module) -> nn.Module:
     """The DeepSpeedEngine inside whatever wraps it (Fabric, torch.compile); other layouts look for themselves."""
     return next((module for module in names.wrappers(model) if ZeroLayout.claims(module)), model)
+
+
+def _refuse_old_fabric(model: nn.Module) -> None:
+    """Nothing of Lightning is imported: a module that Fabric made has its version with it."""
+    for module in filter(names.is_fabric, names.wrappers(model)):
+        package = type(module).__module__.rpartition(".")[0]  # lightning.fabric, or lightning_fabric
+        version = getattr(sys.modules.get(package), "__version__", None)
+        if version is not None:
+            require("lightning" if package.startswith("lightning.") else "lightning-fabric", version)
 
 
 def _refuse_unfinished(model: nn.Module) -> None:

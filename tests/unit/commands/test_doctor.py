@@ -14,11 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from sharded_avg.commands import doctor
+from sharded_avg.commands.checkup import engines, packages, trials
+from sharded_avg.commands.checkup import op as op_of_deepspeed
+from sharded_avg.commands.checkup.finding import Finding
 from sharded_avg.commands.cli import main
-from sharded_avg.version import WORKS_WITH
+from sharded_avg.version import WORKS_WITH, how_to_install
 
 ROOT = Path(__file__).resolve().parents[3]
+
+
+def in_a_minute() -> float:
+    return time.monotonic() + 60
 
 
 def findings(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, Any]]:
@@ -40,18 +46,17 @@ def test_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version_of", lambda package: None)
+    monkeypatch.setattr(packages, "_version_of", lambda package: None)
     assert main(["doctor", "--quick"]) == 0  # what is absent is no failure
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sharded-avg ")
-    assert sum("pip install 'sharded-avg[deepspeed]'" in line for line in lines) == 1
-    for extra in ("lightning", "safetensors", "progress", "plots"):
-        assert any(f"pip install 'sharded-avg[{extra}]'" in line for line in lines)
+    for package in ("lightning", "pytorch-lightning", "deepspeed", "safetensors", "tqdm", "matplotlib"):
+        assert sum(line.endswith(f"-> {how_to_install(package)}") for line in lines) == 1
 
 
 def test_what_is_too_old_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to install, on both streams and in the exit code."""
-    monkeypatch.setattr(doctor, "_version_of", lambda package: "0.9.0" if package == "deepspeed" else None)
+    monkeypatch.setattr(packages, "_version_of", lambda package: "0.9.0" if package == "deepspeed" else None)
     assert main(["doctor", "--quick", "--json"]) == 1
     out, err = capsys.readouterr()
     said = json.loads(out)
@@ -61,7 +66,8 @@ def test_what_is_too_old_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
         "about": "deepspeed",
         "state": "fails",
         "found": f"0.9.0, older than {oldest}",
-        "advice": f"pip install 'deepspeed>={oldest},<={newest}'",
+        "advice": "pip install setuptools wheel ninja && "
+        f"DS_BUILD_OPS=0 pip install --no-build-isolation 'deepspeed>={oldest},<={newest}'",
     }
     assert said["ok"] is False
     assert err == "sharded-avg: deepspeed will not work here; the table says what to do\n"
@@ -69,8 +75,8 @@ def test_what_is_too_old_fails(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 @pytest.mark.own_processes
 def test_a_process_group_is_tried() -> None:
-    assert doctor._backend("gloo", "cpu", time.monotonic() + 60).state == "ok"
-    nccl = doctor._backend("nccl", "cuda", time.monotonic() + 60)
+    assert engines.process_group("gloo", "cpu", time.monotonic() + 60).state == "ok"
+    nccl = engines.process_group("nccl", "cuda", time.monotonic() + 60)
     assert nccl.state == ("ok" if torch.cuda.is_available() else "absent")
 
 
@@ -78,10 +84,10 @@ def test_a_process_group_is_tried() -> None:
 def test_what_is_tried_and_fails_or_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
     end = time.monotonic() + 60
-    assert doctor._try("import sys; print('first'); sys.exit('the reason')", end) == "the reason"
-    assert doctor._try("import os; os.abort()", end) == "exit code -6"
-    assert doctor._try("import time; time.sleep(60)", time.monotonic() + 0.1) == "not done within 0 s"
-    assert doctor._try("print('fine')", end) == ""
+    assert trials.attempt("import sys; print('first'); sys.exit('the reason')", end) == "the reason"
+    assert trials.attempt("import os; os.abort()", end) == "exit code -6"
+    assert trials.attempt("import time; time.sleep(60)", time.monotonic() + 0.1) == "not done within 0 s"
+    assert trials.attempt("print('fine')", end) == ""
 
 
 # As torch builds an op: a lock that it takes away when the compiler that it started has ended, well or not.
@@ -107,9 +113,9 @@ def test_a_build_that_hangs_is_ended_with_its_compiler(
     code = A_BUILD.format(lock=str(lock))
     if stopped:
         with pytest.raises(KeyboardInterrupt):
-            doctor._try(code, time.monotonic() + 60)
+            trials.attempt(code, time.monotonic() + 60)
     else:
-        assert doctor._try(code, time.monotonic() + 60).startswith("not done within ")
+        assert trials.attempt(code, time.monotonic() + 60).startswith("not done within ")
     assert not lock.exists()
     assert time.monotonic() - began < 30
 
@@ -155,7 +161,7 @@ def test_the_lock_of_a_build_is_told_and_not_waited_for(tmp_path: Path, monkeypa
     lock = tmp_path / "deepspeed_shm_comm" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    told = doctor._op(time.monotonic() + 60)
+    told = op_of_deepspeed.op(packages.trainer("deepspeed"), in_a_minute())
     assert told.state == "fails"
     assert told.found.startswith(f"{lock} is there: a build is running, or was killed")
     assert told.advice.startswith("wait for the build, or, if none is running, delete that file")
@@ -163,10 +169,85 @@ def test_the_lock_of_a_build_is_told_and_not_waited_for(tmp_path: Path, monkeypa
 
 
 def test_another_ninja_on_the_path_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor._of_two_ninjas() == ""  # here ranks and commands have this environment's
+    assert op_of_deepspeed._of_ninjas() == ""  # here ranks and commands have this environment's
     (tmp_path / "ninja").touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor._of_two_ninjas().startswith(f"{tmp_path / 'ninja'} compiled it, and {Path(sys.executable).parent}")
+    assert op_of_deepspeed._of_ninjas().startswith(f"{Path(sys.executable).parent / 'ninja'} compiled it, and")
+    (tmp_path / "ninja").unlink()
+    assert "is not on the PATH, where ranks look for it" in op_of_deepspeed._of_ninjas()
+
+
+@pytest.mark.own_processes
+def test_what_is_tried_finds_the_programs_of_this_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it was not activated: ninja was advised to those who had it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    name = Path(sys.executable).name
+    assert trials.attempt(f"import shutil, sys; sys.exit(shutil.which({name!r}))", in_a_minute()) == sys.executable
+
+
+@pytest.mark.own_processes
+@pytest.mark.parametrize(
+    ("package", "error", "advice"),
+    [
+        ("lightning", ImportError("built for another torch"), "pip install --force-reinstall --no-deps 'lightning>=2"),
+        (
+            "pytorch-lightning",
+            ModuleNotFoundError("No module named 'torchmetrics'"),
+            "install what has the module torch",
+        ),
+        ("deepspeed", PermissionError(13, "Permission denied"), "it reads or writes there"),
+        ("deepspeed", RuntimeError("no accelerator"), "pip install setuptools wheel ninja && DS_BUILD_OPS=0 pip"),
+    ],
+)
+def test_a_trainer_that_cannot_be_imported_fails(
+    package: str, error: Exception, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was ok by its metadata."""
+    (tmp_path / package.replace("-", "_")).mkdir()
+    (tmp_path / package.replace("-", "_") / "__init__.py").write_text(f"raise {error!r}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    told = packages.imported(packages.trainer(package), in_a_minute())
+    assert told.state == "fails"
+    assert told.found == f"{metadata.version(package)}, cannot be imported: {type(error).__name__}: {error}"
+    assert told.advice.startswith(advice)
+
+
+@pytest.mark.own_processes
+def test_an_import_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deepspeed.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = packages.imported(packages.trainer("deepspeed"), time.monotonic() + 0.5)
+    assert told.state == "fails"
+    assert "not done within " in told.found
+    assert "--wait" in told.advice
+
+
+def test_quick_imports_nothing_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    found = findings(capsys)
+    for package in packages.TRAINERS:
+        assert found[package]["found"].endswith("not imported (--quick)")
+
+
+@pytest.mark.own_processes
+def test_the_op_where_no_compiler_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is told to read what it says."""
+    deepspeed = Finding("deepspeed", "ok", "0.19.8")
+    with monkeypatch.context() as patch:
+        patch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        patch.delenv("XDG_CACHE_HOME", raising=False)
+        patch.setenv("HOME", "/proc/nowhere")
+        told = op_of_deepspeed.op(deepspeed, in_a_minute())
+    assert told.state == "fails"
+    assert told.found.startswith("no folder for what is compiled: [Errno 2] No such file or directory: '/proc/nowhere")
+    assert told.advice.startswith("set TORCH_EXTENSIONS_DIR, or HOME, to a folder that can be written")
+    (tmp_path / "deepspeed.py").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    told = op_of_deepspeed.op(deepspeed, in_a_minute())
+    assert told.found.startswith("no builder: No module named 'deepspeed.ops'")
+    assert told.advice.startswith(how_to_install("deepspeed"))
+    told = op_of_deepspeed.op(Finding("deepspeed", "fails", "0.19.8, cannot be imported"), in_a_minute())
+    assert (told.state, told.advice) == ("absent", "")
 
 
 @pytest.mark.further

@@ -16,6 +16,7 @@ from sharded_avg.errors import CheckpointError
 from sharded_avg.formats.open import open_source
 from sharded_avg.rules.power_profiles import gamma_of
 from sharded_avg.saved.series import Series
+from sharded_avg.version import how_to_install
 from tests.unit.commands.runs import Net, power_average, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
@@ -140,7 +141,7 @@ def test_plot(long, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["profile.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["posthoc", str(run), str(tmp_path / "o.pt"), "--sigma-rel", "0.12", "--plot", str(picture)]) == 2
-    assert "pip install 'sharded-avg[plots]'" in capsys.readouterr().err
+    assert how_to_install("matplotlib") in capsys.readouterr().err
     assert not (tmp_path / "o.pt").exists()
     assert main(["posthoc", str(run), str(tmp_path / "o.pt"), "--sigma-rel", "0.12"]) == 0, "only a picture needs it"
 
