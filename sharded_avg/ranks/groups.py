@@ -99,7 +99,8 @@ def _made_by_its_members(ranks: list[int], patience: datetime.timedelta) -> dist
     backend, store = c10d._world.pg_map[job]
     if job.bound_device_id is not None:
         backend = dist.Backend.GLOO
-    place, name = {rank: index for index, rank in enumerate(ranks)}, f"sharded_avg:{','.join(map(str, ranks))}"
+    place = {rank: index for index, rank in enumerate(ranks)}
+    name: Any = f"sharded_avg:{','.join(map(str, ranks))}"
     made, _ = c10d._new_process_group_helper(
         len(ranks), place[dist.get_rank()], ranks, dist.Backend(backend), store, name, timeout=patience, group_desc=name
     )

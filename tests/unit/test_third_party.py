@@ -69,7 +69,6 @@ NOTES = {
 # What looks like one, and is Python's, a key in files, or public torch.
 NOT_INTERNALS = {"_exit", "_getframe", "_Stop", "_Unpickler", "_replace", "_extra_state", "register_step_post_hook"}
 # As rows of the table in docs/design.md.
-MORE_ROWS = (("torch.nn.modules.batchnorm", "_BatchNorm"), ("lightning.fabric.wrappers", "_FabricModule"))
 PACKAGES = ("torch", "deepspeed", "lightning", "pytorch_lightning")
 # Classes that only some of the supported releases have: the first and the last of them that has it.
 CLASS_SPANS = {"SuperOffloadOptimizer_Stage3": ("0.18", None), "MiCS_Optimizer": ("0.16.9", "0.19.6")}
@@ -114,7 +113,6 @@ def of_the_design_page() -> Iterator[Internal]:
 INTERNALS = [
     *notes(),
     *of_the_design_page(),
-    *(Internal("design", owner, (name,), (owner,), owner.partition(".")[0]) for owner, name in MORE_ROWS),
 ]
 
 

@@ -1,4 +1,4 @@
-"""A group of a part of the job, made by its members alone: whatever other groups they are in, and whoever else is not."""
+"""A group of a part of the job, made by its members alone, whatever other groups there are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from sharded_avg.ranks import bounds, part_group
+from sharded_avg.ranks import bounds, groups, part_group
 from tests.helpers.pool import on_ranks
 
 SOON = timedelta(seconds=20)
@@ -53,7 +53,7 @@ def test_groups_that_the_job_makes_later(world_size: int) -> None:
 
 @on_ranks(3)
 def test_a_job_that_is_bound_to_a_device(world_size: int) -> None:
-    """nccl would make the group by a split that waits for all ranks of the job; no GPU is needed to see that we ask not."""
+    """nccl would make the group by a split, which waits for all ranks of the job; gloo is asked, GPU or not."""
     made = []
     c10d = dist.distributed_c10d
 
@@ -66,7 +66,5 @@ def test_a_job_that_is_bound_to_a_device(world_size: int) -> None:
     patches = {"_get_default_group": lambda: bound, "_world": world, "_new_process_group_helper": remembered}
     rank = dist.get_rank()
     with mock.patch.multiple(c10d, **patches), mock.patch.object(dist, "get_rank", return_value=rank):
-        from sharded_avg.ranks import groups
-
         groups._made_by_its_members([0, 1, 2], SOON)
     assert made == [([0, 1, 2], "gloo")]
