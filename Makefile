@@ -10,9 +10,9 @@
 # make bench     what an update costs beside what else a user could pick
 # make clean     back to a fresh clone
 #
-# Each makes the environment first, in .venv, with the versions of constraints.txt. Choose the interpreter with
-# PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-k fsdp". Two workers share the tests; WORKERS=0 runs
-# them in one process, which Ctrl-C and a debugger like better.
+# Each makes what it needs of the environment first, in .venv, with the versions of constraints.txt. Choose the
+# interpreter with PYTHON=python3.12, and pass arguments to pytest with PYTEST_ARGS="-k fsdp". Two workers share the
+# tests; WORKERS=0 runs them in one process, which Ctrl-C and a debugger like better.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -43,19 +43,19 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(READY)
+docs: $(BIN)/python
 	$(BIN)/python -m tests.unit.test_docstrings
-	$(INSTALL) --no-build-isolation --editable '.[docs]'
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-matrix: $(READY)
+matrix: $(BIN)/python
 	$(INSTALL) nox
 	$(BIN)/nox $(SESSIONS)
 
-table: $(READY)
+table: $(BIN)/python
 	$(BIN)/python -m tests.matrix --write
 
-dist: $(READY)
+dist: $(BIN)/python
 	$(INSTALL) build
 	$(BIN)/python -m build
 
@@ -67,10 +67,12 @@ bench: $(READY)
 
 setup: $(READY)
 
-# DeepSpeed's build imports torch, so it comes after torch and without build isolation; it compiles its ops at first use.
-$(READY): pyproject.toml constraints.txt
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=python3.12 ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv
+
+# DeepSpeed's build imports torch, so it comes after torch and without build isolation; it compiles its ops at first use.
+$(READY): pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) torch numpy setuptools wheel ninja
 	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
