@@ -88,11 +88,12 @@ _groups: dict[tuple[int, ...], tuple[Any, dist.ProcessGroup]] = {}
 def _made_by_its_members(ranks: list[int], patience: datetime.timedelta) -> dist.ProcessGroup:
     """What `new_group(ranks, use_local_synchronization=True)` would make, but under a name that is the same on all.
 
-    torch names it by how many groups the process knows (to 2.14) or has made (2.15): members that are in different
-    groups besides would wait for each other under different names, and from 2.15 on ranks that are no members would
-    number every group that the job makes later otherwise than these do, and wait for them in vain.
+    torch names it by how many groups the process knows (to 2.14; pytorch#173608) or has made (2.15; pytorch#189073):
+    members that are in different groups besides would wait for each other under different names, and from 2.15 on ranks
+    that are no members would number every group that the job makes later otherwise than these do, and wait in vain.
 
-    A job that is bound to a device makes each group of nccl by a split in which all its ranks take part: gloo does not.
+    A job that is bound to a device makes each group of nccl by a split in which all its ranks have to take part
+    (pytorch#134314): gloo does not.
     """
     c10d = dist.distributed_c10d
     job = c10d._get_default_group()
