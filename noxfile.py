@@ -5,6 +5,7 @@
     newest   the newest of everything that an installer finds, with Python 3.13 and 3.14
     nightly  torch's nightly (its index in TORCH_NIGHTLY), else as newest
     wheel    the wheel alone with torch only (no NumPy): what a fresh machine has; and the same with NumPy
+    extras   `[all]` in an empty environment, in one command
     docs     the site, strictly
 
 `nox -s newest` runs both of its interpreters, `nox -s newest-3.13` one; an interpreter that is not there is skipped.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["oldest", "pinned", "newest", "wheel", "docs"]
+nox.options.sessions = ["oldest", "pinned", "newest", "wheel", "extras", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 ROOT = Path(__file__).parent
 FOLDERS = {"unit": "tests/unit", "ranks": "tests/multigpu", "lightning": "tests/lightning"}
@@ -109,6 +110,15 @@ def wheel(session: nox.Session, numpy: bool) -> None:
     session.run(python, "-m", "pip", "check", external=True)
     with session.chdir(fresh):  # not the checkout, whose folder would be imported
         session.run(python, str(ROOT / "tests" / "fresh.py"), *(["--numpy"] if numpy else []), external=True)
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """Whatever the extras bring, installed at once, where no torch is for DeepSpeed's build to import."""
+    session.install(".[all]", "--constraint", "constraints.txt")
+    session.run("python", "-m", "pip", "check")
+    with session.chdir(session.create_tmp()):  # not the checkout, whose folder would be imported
+        session.run("sharded-avg", "doctor", "--quick")
 
 
 @nox.session
