@@ -69,23 +69,23 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
     Until it is there they cannot tell each other anything: a rank that fails before is waited for as long as one that
     does not come. Raises `PeerError` then.
     """
-    key, patience = tuple(ranks), datetime.timedelta(seconds=bounds.PATIENCE_S)
-    if key not in _groups or _groups[key][0] is not dist.group.WORLD:
-        try:
-            made = _made_by_its_members(ranks, patience)
-        except RuntimeError as error:  # which one, and its words, depend on the store
-            raise PeerError(
-                f"no group of ranks {ranks}, which hold this model together, could be made: {error}. Most likely one "
-                f"is not in this call, or failed before it (others wait for {bounds.PATIENCE_S:g} s): see its output"
-            ) from error
-        _groups[key] = (dist.group.WORLD, made)
-    return _groups[key][1]
+    name = f"{_NAME}:{','.join(map(str, ranks))}"
+    known = [group for group, its_name in dist.distributed_c10d._world.pg_names.items() if its_name == name]
+    if known:
+        return known[0]
+    try:
+        return _made_by_its_members(ranks, name, datetime.timedelta(seconds=bounds.PATIENCE_S))
+    except RuntimeError as error:  # which one, and its words, depend on the store
+        raise PeerError(
+            f"no group of ranks {ranks}, which hold this model together, could be made: {error}. Most likely one "
+            f"is not in this call, or failed before it (others wait for {bounds.PATIENCE_S:g} s): see its output"
+        ) from error
 
 
-_groups: dict[tuple[int, ...], tuple[Any, dist.ProcessGroup]] = {}
+_NAME = "sharded_avg"  # begins those of our groups; torch keeps a list of the groups that there are, by name
 
 
-def _made_by_its_members(ranks: list[int], patience: datetime.timedelta) -> dist.ProcessGroup:
+def _made_by_its_members(ranks: list[int], name: str, patience: datetime.timedelta) -> dist.ProcessGroup:
     """What `new_group(ranks, use_local_synchronization=True)` would make, but under a name that is the same on all.
 
     torch names it by how many groups the process knows (to 2.14; pytorch#173608) or has made (2.15; pytorch#189073):
@@ -101,12 +101,13 @@ def _made_by_its_members(ranks: list[int], patience: datetime.timedelta) -> dist
     if job.bound_device_id is not None:
         backend = dist.Backend.GLOO
     place = {rank: index for index, rank in enumerate(ranks)}
-    name: Any = f"sharded_avg:{','.join(map(str, ranks))}"
-    made, _ = c10d._new_process_group_helper(
+    make: Any = c10d._new_process_group_helper
+    made: dist.ProcessGroup
+    made, _ = make(
         len(ranks), place[dist.get_rank()], ranks, dist.Backend(backend), store, name, timeout=patience, group_desc=name
     )
     c10d._world.pg_group_ranks[made] = place
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def leave(code: int = 0) -> NoReturn:

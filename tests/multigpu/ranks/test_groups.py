@@ -66,5 +66,5 @@ def test_a_job_that_is_bound_to_a_device(world_size: int) -> None:
     patches = {"_get_default_group": lambda: bound, "_world": world, "_new_process_group_helper": remembered}
     rank = dist.get_rank()
     with mock.patch.multiple(c10d, **patches), mock.patch.object(dist, "get_rank", return_value=rank):
-        groups._made_by_its_members([0, 1, 2], SOON)
+        groups._made_by_its_members([0, 1, 2], "name", SOON)
     assert made == [([0, 1, 2], "gloo")]

@@ -5,6 +5,7 @@ It is local, but for a mesh of several dimensions on a part of the job: its rank
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -30,9 +31,12 @@ WRONG: dict[str, dict[str, Any]] = {
 }
 
 
+numbers = count()
+
+
 def on_a_part() -> nn.Module | None:
     """Collective: all ranks must call. A model on the mesh [[0], [1]], and `None` on the third rank."""
-    groups._groups.clear()  # as in a process that has not averaged such a model before
+    groups._NAME = f"test{next(numbers)}"  # as in a job that has not averaged such a model before
     mesh = DeviceMesh("cpu", [[0], [1]], mesh_dim_names=("data", "tensor"))
     if dist.get_rank() > 1:
         return None
