@@ -36,7 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settings of this process, and of all that it starts."""
     sharing.start(config)
     excepted_warnings.add_to(config)
-    excepted_warnings.for_children()
     torch.set_num_threads(1)  # test tensors are tiny, and the ranks of the pool need the other cores
     # DeepSpeed compiles its ops at first use, with paths of this environment. In the user's common cache, two
     # environments would rebuild them in turns, and wait for each other's locks.

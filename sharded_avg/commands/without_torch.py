@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from . import doctor
 from .progress import say
 
 _FAILED = 1
+_SCRIPTS = ("sharded-avg", "sharded-avg.exe", "sharded-avg-script.py")  # what installers call it
 
 
 def exit_if_started(error: ImportError) -> None:
@@ -45,7 +47,10 @@ def exit_if_started(error: ImportError) -> None:
 
 def _is_started() -> bool:
     """Whether by `python -m sharded_avg` or by the script that an installer made."""
-    if sys.argv[0] == "-m":  # while Python looks for what it shall run
-        before = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        return before[-2:] == ["-m", __package__.partition(".")[0]]
-    return Path(sys.argv[0]).stem == "sharded-avg"
+    argv = getattr(sys, "argv", None) or [""]  # an embedded Python may have none
+    if argv[0] == "-m":  # while Python looks for what it shall run
+        before = sys.orig_argv[: len(sys.orig_argv) - len(argv) + 1]
+        package = __package__.partition(".")[0]
+        return re.search(rf"(^| )-[a-zA-Z]*m ?{package}$", " ".join(before)) is not None  # -m, -Im, -msharded_avg
+    script = Path(argv[0])
+    return script.name in _SCRIPTS and not script.is_dir()

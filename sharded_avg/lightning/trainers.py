@@ -64,9 +64,12 @@ def _callback_of(package: str) -> type | str:
     if version is not None and is_too_old("lightning", version):
         return f"{version} is too old"
     try:
-        callback: type = importlib.import_module(package).Callback
+        module = importlib.import_module(package)
+        callback: type = module.Callback
     except (ImportError, AttributeError) as error:
         return f"cannot be imported: {error!r}"
+    if is_too_old("lightning", version := getattr(module, "__version__", "")):  # another copy than was installed
+        return f"{version} is too old"
     return callback
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import sys
 from typing import Any, NoReturn
@@ -69,7 +70,7 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
     Until it is there they cannot tell each other anything: a rank that fails before is waited for as long as one that
     does not come. Raises `PeerError` then.
     """
-    name = f"{_NAME}:{','.join(map(str, ranks))}"
+    name = _name_of(ranks)
     known = [group for group, its_name in dist.distributed_c10d._world.pg_names.items() if its_name == name]
     if known:
         return known[0]
@@ -77,12 +78,25 @@ def part_group(ranks: list[int]) -> dist.ProcessGroup:
         return _made_by_its_members(ranks, name, datetime.timedelta(seconds=bounds.PATIENCE_S))
     except RuntimeError as error:  # which one, and its words, depend on the store
         raise PeerError(
-            f"no group of ranks {ranks}, which hold this model together, could be made: {error}. Most likely one "
+            f"no group of ranks {_few(ranks)}, which hold this model together, could be made: {error}. Most likely one "
             f"is not in this call, or failed before it (others wait for {bounds.PATIENCE_S:g} s): see its output"
         ) from error
 
 
 _NAME = "sharded_avg"  # begins those of our groups; torch keeps a list of the groups that there are, by name
+_MAX_TOLD = 16  # ranks that an error lists
+
+
+def _name_of(ranks: list[int]) -> str:
+    """Of one length, however many they are: it begins keys of the job's store, which refuses those over 8 KiB."""
+    digest = hashlib.sha1(",".join(map(str, ranks)).encode(), usedforsecurity=False).hexdigest()
+    return f"{_NAME}:{digest}"
+
+
+def _few(ranks: list[int]) -> str:
+    if len(ranks) <= _MAX_TOLD:
+        return str(ranks)
+    return f"[{', '.join(map(str, ranks[: _MAX_TOLD - 1]))}, ..., {ranks[-1]}] ({len(ranks)} of them)"
 
 
 def _made_by_its_members(ranks: list[int], name: str, patience: datetime.timedelta) -> dist.ProcessGroup:
@@ -91,6 +105,7 @@ def _made_by_its_members(ranks: list[int], name: str, patience: datetime.timedel
     torch names it by how many groups the process knows (to 2.14; pytorch#173608) or has made (2.15; pytorch#189073):
     members that are in different groups besides would wait for each other under different names, and from 2.15 on ranks
     that are no members would number every group that the job makes later otherwise than these do, and wait in vain.
+    Up to 2.14 this group counts, too: a local synchronisation of the user's own, later, of members and others, waits.
 
     A job that is bound to a device makes each group of nccl by a split in which all its ranks have to take part
     (pytorch#134314): gloo does not.

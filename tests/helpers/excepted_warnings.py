@@ -1,8 +1,7 @@
 """Which warnings of third parties are no errors in tests: each for the versions that give it, and with its reason.
 
 pyproject.toml makes every warning an error. tests/conftest.py adds the lines of what is installed. Ranks of pools, and
-processes that strategies spawn, ask pytest for its settings without a conftest: they get the lines from the plugin
-that this file is, which `for_children` has them load. Nothing here imports torch.
+processes that strategies spawn, have no conftest: they ask `settings_of_a_child`. Nothing here imports torch.
 
 tests/unit/test_third_party.py holds every entry to the installed sources: within its span the message is in the file
 where it says, outside of it is not.
@@ -10,7 +9,6 @@ where it says, outside of it is not.
 
 from __future__ import annotations
 
-import os
 import re
 from importlib import metadata
 from typing import NamedTuple
@@ -241,12 +239,10 @@ def add_to(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", line)
 
 
-def for_children() -> None:
-    """Processes that this one starts load this plugin when they ask pytest for its settings."""
-    others = [name for name in os.environ.get("PYTEST_PLUGINS", "").split(",") if name not in ("", __name__)]
-    os.environ["PYTEST_PLUGINS"] = ",".join([*others, __name__])
+def settings_of_a_child() -> pytest.Config:
+    """pytest's settings, in a process that pytest has not started: no conftest is read, these lines are there."""
+    from _pytest.config import _prepareconfig
 
-
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Called also where there is to be no conftest."""
-    add_to(early_config)
+    config = _prepareconfig(["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"])
+    add_to(config)
+    return config

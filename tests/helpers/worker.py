@@ -140,11 +140,13 @@ def _read_jobs(connection: Connection, folder: Path) -> queue.SimpleQueue[Job]:
 def _guard_like_pytest() -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Assertions with their values, as in the parent; the context that is returned makes the same warnings errors."""
     from _pytest.assertion import install_importhook
-    from _pytest.config import _prepareconfig, apply_warning_filters
+    from _pytest.config import apply_warning_filters
 
-    config = _prepareconfig(["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"])
+    from tests.helpers.excepted_warnings import settings_of_a_child
+
+    config = settings_of_a_child()
     install_importhook(config)
-    filters = config.getini("filterwarnings")  # with those of helpers/excepted_warnings.py, a plugin by PYTEST_PLUGINS
+    filters = config.getini("filterwarnings")
 
     @contextlib.contextmanager
     def guard() -> Iterator[None]:

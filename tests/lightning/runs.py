@@ -21,6 +21,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
+from tests.helpers.excepted_warnings import settings_of_a_child
 from tests.helpers.launch import run_python
 from tests.helpers.pool import run_on_ranks
 
@@ -120,10 +121,9 @@ def _main(job: str, answer: str) -> None:
 
 def _warn_like_pytest() -> None:
     """The processes that a strategy spawns import this file, too: what warns in them fails them."""
-    from _pytest.config import _prepareconfig, apply_warning_filters
+    from _pytest.config import apply_warning_filters
 
-    config = _prepareconfig(["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"])
-    apply_warning_filters(config.getini("filterwarnings"), [])
+    apply_warning_filters(settings_of_a_child().getini("filterwarnings"), [])
 
 
 class Recorder(Callback):

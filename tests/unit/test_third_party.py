@@ -440,9 +440,8 @@ def _texts_of(file: Path) -> tuple[str, ...]:
 def test_the_ranks_go_by_the_list_too(pytestconfig: pytest.Config) -> None:
     """The ranks of pools, and what strategies spawn, ask pytest for its settings without any conftest."""
     program = (
-        "from _pytest.config import _prepareconfig\n"
-        "config = _prepareconfig(['--noconftest', '-p', 'no:cacheprovider', '-p', 'no:xdist'])\n"
-        "print(*config.getini('filterwarnings'), sep='\\n')"
+        "from tests.helpers.excepted_warnings import settings_of_a_child\n"
+        "print(*settings_of_a_child().getini('filterwarnings'), sep='\\n')"
     )
     command = [sys.executable, "-c", program]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout

@@ -13,6 +13,8 @@ from ...files.source import AbstractSource
 from ...weights.names import clean
 from .base import AbstractImporter, Content, Names, is_state
 
+_DDP = "module."
+
 
 class ComposerImporter(AbstractImporter):
     """`state["algorithms"]` lists (name, state); checkpoints are written while the EMA is swapped in."""
@@ -38,14 +40,21 @@ class ComposerImporter(AbstractImporter):
         if not isinstance(active, bool):
             raise content.refuse(f"ema_weights_active is {active!r}, so it does not say which weights are the average")
         model = f"{place}ema_model."
-        trained = content.under(f"{model}named_parameters_dict.")
-        flats = content.under(f"{model}named_parameters_dict.", f"{model}named_buffers_dict.")
-        flats = flats or content.under(model)  # before 0.13
-        if active:  # what the algorithm then holds is raw
-            flats = content.under("state.model.")
+        in_model = content.under("state.model.")
+        trained = _as_in(in_model, content.under(f"{model}named_parameters_dict."))
+        held = content.under(f"{model}named_parameters_dict.", f"{model}named_buffers_dict.")
+        held = _as_in(in_model, held or content.under(model))  # without the two dicts: before 0.13
+        flats = in_model if active else held  # while it is active, what the algorithm holds is raw
         inside = set(map(clean, flats))
         averaged = [name for name in map(clean, trained) if name in inside] or None
         return self.found(content, flats, averaged=averaged, step=step)
+
+
+def _as_in(in_model: dict[str, str], held: dict[str, str]) -> dict[str, str]:
+    """Under the names of `state["model"]`: under DDP the algorithm looks at the wrapper, whose names have one more."""
+    bare = {name.removeprefix(_DDP): path for name, path in held.items()}
+    wrapped = all(name.startswith(_DDP) for name in held) and set(map(clean, bare)) <= set(map(clean, in_model))
+    return bare if wrapped else held
 
 
 def _algorithms(content: Content) -> dict[str, dict[str, Any]]:

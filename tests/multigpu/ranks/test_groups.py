@@ -54,6 +54,7 @@ def test_groups_that_the_job_makes_later(world_size: int) -> None:
 @on_ranks(3)
 def test_a_job_that_is_bound_to_a_device(world_size: int) -> None:
     """nccl would make the group by a split, which waits for all ranks of the job; gloo is asked, GPU or not."""
+    assert hasattr(dist.ProcessGroup, "bound_device_id")
     made = []
     c10d = dist.distributed_c10d
 
@@ -68,3 +69,15 @@ def test_a_job_that_is_bound_to_a_device(world_size: int) -> None:
     with mock.patch.multiple(c10d, **patches), mock.patch.object(dist, "get_rank", return_value=rank):
         groups._made_by_its_members([0, 1, 2], "name", SOON)
     assert made == [([0, 1, 2], "gloo")]
+
+
+def test_names_of_large_groups() -> None:
+    """They begin keys of the job's store, which ends the connection for a key of more than 8192 bytes."""
+    names = [groups._name_of(list(range(first, first + 20_000))) for first in (0, 1)]
+    assert len({*names, groups._name_of([0])}) == 3
+    assert max(map(len, names)) < 64
+
+
+def test_an_error_lists_few_ranks() -> None:
+    assert groups._few([0, 1]) == "[0, 1]"
+    assert groups._few(list(range(2000))).endswith("14, ..., 1999] (2000 of them)")

@@ -100,9 +100,13 @@ def test_ties_buffers_and_frozen_parameters(tmp_path: Path) -> None:
     assert equal(fresh.state_dict(), expected)
 
 
+@pytest.mark.parametrize("wrapper", ["", "module."])
 @pytest.mark.parametrize("active", [True, False])
-def test_composers_file_names_what_is_averaged(active: bool, tmp_path: Path) -> None:
-    """Its EMA lists the trained parameters: frozen ones, which are in `state["model"]`, are not taken for averages."""
+def test_composers_file_names_what_is_averaged(active: bool, wrapper: str, tmp_path: Path) -> None:
+    """Its EMA lists the trained parameters: frozen ones, which are in `state["model"]`, are not taken for averages.
+
+    Under DDP the names in its lists begin with `module.`, and those in `state["model"]` do not.
+    """
     torch.manual_seed(0)
     net = nn.ModuleDict({"trained": nn.Linear(3, 5), "norm": nn.BatchNorm1d(5), "frozen": nn.Linear(5, 7)})
     net["frozen"].requires_grad_(False)
@@ -111,8 +115,8 @@ def test_composers_file_names_what_is_averaged(active: bool, tmp_path: Path) -> 
     raw = {name: value.clone() for name, value in net.state_dict().items()}
     swapped = {**raw, **average, **buffers}
     in_model, in_algorithm = (swapped, raw) if active else (raw, swapped)
-    ema = composer_ema({name: in_algorithm[name] for name in average}, active=active)
-    ema[0][1]["ema_model"]["named_buffers_dict"] = {name: in_algorithm[name] for name in buffers}
+    ema = composer_ema({wrapper + name: in_algorithm[name] for name in average}, active=active)
+    ema[0][1]["ema_model"]["named_buffers_dict"] = {wrapper + name: in_algorithm[name] for name in buffers}
     torch.save(composer(in_model, ema), tmp_path / "ep1.pt")
     Conversion(src=tmp_path / "ep1.pt", out=tmp_path / "ours", to="sharded_avg").run()
     own = ShardedAverage(net, EMA(decay=0.5))

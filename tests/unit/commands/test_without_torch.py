@@ -74,11 +74,23 @@ def test_other_commands(tmp_path: Path) -> None:
     assert run(tmp_path, "absent", "-m", "sharded_avg", "doctor", "--slow").returncode == 2
 
 
-@pytest.mark.parametrize("command", [["-m", "tool"], ["-m", "tool.sub"], ["alone.py"]])
+@pytest.mark.parametrize("options", [["-msharded_avg"], ["-Bm", "sharded_avg"], ["-W", "error", "-m", "sharded_avg"]])
+def test_each_way_to_name_the_module(options: list[str], tmp_path: Path) -> None:
+    done = run(tmp_path, "absent", *options, "--version")
+    assert (done.returncode, done.stdout[:12]) == (0, "sharded-avg ")
+
+
+@pytest.mark.parametrize("argv", ["sys.argv = []", "del sys.argv", "sys.argv = ['']"])
+def test_an_embedded_python_gets_the_error(argv: str, tmp_path: Path) -> None:
+    program = f"import sys; {argv}\ntry: import sharded_avg\nexcept ImportError: print('told')"
+    assert run(tmp_path, "absent", "-c", program).stdout == "told\n"
+
+
+@pytest.mark.parametrize("command", [["-m", "tool"], ["-m", "tool.sub"], ["alone.py"], ["sharded-avg.py"]])
 def test_others_that_have_a_doctor_get_the_error(command: list[str], tmp_path: Path) -> None:
     """Also while Python looks for the module that it shall run, and imports packages on the way."""
     (tmp_path / "tool").mkdir()
-    for name in ("tool/__init__.py", "tool/__main__.py", "tool/sub.py", "alone.py"):
+    for name in ("tool/__init__.py", "tool/__main__.py", "tool/sub.py", "alone.py", "sharded-avg.py"):
         (tmp_path / name).write_text("import sharded_avg")
     done = run(tmp_path, "absent", *command, "doctor")
     assert (done.returncode, done.stdout) == (1, "")
