@@ -163,6 +163,15 @@ EXCEPTED = (
         "dynamo advises a newer Python, on 3.13.0 only",
     ),
     Excepted(
+        "torch",
+        "2.13",
+        None,
+        "ignore:'_UnionGenericAlias' is deprecated:DeprecationWarning",
+        "torch/_dynamo/variables/builder.py",
+        "dynamo asks whether something is one, which Python 3.14 deprecates",
+        sign="_UnionGenericAlias",
+    ),
+    Excepted(
         "lightning",
         "2.6",
         None,
