@@ -28,15 +28,20 @@ _late: BaseException | None = None  # an error that came when the ranks had just
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Inside, SIGINT is noted; what was noted and not raised since is raised at the end."""
+    """Inside, SIGINT is noted; what was noted and not raised since is raised at the end, also after an error."""
     if _before is not None or not _hold():
         yield
         return
     try:
         yield
-    finally:
-        handler = _let_go()
-    raise_noted(handler)
+    except KeyboardInterrupt:
+        _let_go()
+        _forget()  # the first one, which this one came after: nobody waits for another
+        raise
+    except BaseException:
+        raise_noted(_let_go())  # whose context is the error
+        raise
+    raise_noted(_let_go())
 
 
 def collective(function: Callable[P, R]) -> Callable[P, R]:
@@ -73,9 +78,7 @@ def note(error: BaseException) -> None:
 
 def raise_noted(handler: Any) -> None:
     """Raise what was noted, if anything."""
-    global _noted, _late
-    number, error = _noted, _late
-    _noted = _late = None
+    number, error = _forget()
     if error is not None:
         raise error
     if number is not None:
@@ -83,6 +86,14 @@ def raise_noted(handler: Any) -> None:
             handler(number, None)
         else:
             raise KeyboardInterrupt
+
+
+def _forget() -> tuple[int | None, BaseException | None]:
+    """Nothing is noted any more; what was."""
+    global _noted, _late
+    noted = (_noted, _late)
+    _noted = _late = None
+    return noted
 
 
 def take_noted() -> BaseException | None:
