@@ -102,10 +102,10 @@ def _few(ranks: list[int]) -> str:
 def _made_by_its_members(ranks: list[int], name: str, patience: datetime.timedelta) -> dist.ProcessGroup:
     """What `new_group(ranks, use_local_synchronization=True)` would make, but under a name that is the same on all.
 
-    torch names it by how many groups the process knows (to 2.14; pytorch#173608) or has made (2.15; pytorch#189073):
-    members that are in different groups besides would wait for each other under different names, and from 2.15 on ranks
+    torch names it by how many groups the process knows (to 2.13; pytorch#173608) or has made (2.14; pytorch#189073):
+    members that are in different groups besides would wait for each other under different names, and from 2.14 on ranks
     that are no members would number every group that the job makes later otherwise than these do, and wait in vain.
-    Up to 2.14 this group counts, too: a local synchronisation of the user's own, later, of members and others, waits.
+    Up to 2.13 this group counts, too: a local synchronisation of the user's own, later, of members and others, waits.
 
     A job that is bound to a device makes each group of nccl by a split in which all its ranks have to take part
     (pytorch#134314): gloo does not.

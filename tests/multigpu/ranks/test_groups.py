@@ -22,7 +22,7 @@ def total(group: dist.ProcessGroup, value: float) -> float:
 
 @on_ranks(3)
 def test_members_are_in_different_groups_besides(world_size: int) -> None:
-    """torch's own names for such groups differ then (2.8 to 2.14)."""
+    """torch's own names for such groups differ then (2.8 to 2.13)."""
     rank = dist.get_rank()
     for _ in range(2):
         dist.new_group([0, 2], timeout=SOON)
@@ -37,7 +37,7 @@ def test_members_are_in_different_groups_besides(world_size: int) -> None:
 
 @on_ranks(3)
 def test_groups_that_the_job_makes_later(world_size: int) -> None:
-    """torch 2.15 counts the groups that a process has made, and names the next by it: rank 2 has not made this one."""
+    """From 2.14 on torch names a group by how many the process has made before; rank 2 has not made the first."""
     rank = dist.get_rank()
     if rank < 2:
         with mock.patch.object(bounds, "PATIENCE_S", 20.0):
