@@ -20,7 +20,7 @@ from .rules.custom import AvgFn, MultiAvgFn
 from .saved.folder.place import place_of
 from .saved.manifest import Manifest
 from .saved.opening import read_manifest
-from .version import how_to_install, is_too_old, requirement
+from .version import how_to_install, installed_version, is_too_old, requirement
 from .weights.aside import RawWeights
 from .weights.buffers import BufferPolicy
 from .weights.layouts.zero.engine import steps_taken, writes_checkpoints
@@ -45,6 +45,7 @@ __all__ = [
     "find_importer",
     "gather_objects",
     "how_to_install",
+    "installed_version",
     "is_too_old",
     "place_of",
     "rank_in",

@@ -67,9 +67,22 @@ def _is_from_an_index() -> bool:
     return own.read_text("INSTALLER") is not None and own.read_text("direct_url.json") is None
 
 
+def installed_version(package: str) -> str | None:
+    """What an installer wrote down, without importing `package`; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def span_of(package: str) -> Span:
+    """Of torch, Lightning under any of its names, or DeepSpeed."""
+    return WORKS_WITH[_known(package)]
+
+
 def is_too_old(package: str, version: str) -> bool:
     """Whether `version` comes before the oldest that this package works with; local parts (`+cpu`) do not count."""
-    return _release(version) < _release(WORKS_WITH[_known(package)].oldest)
+    return _release(version) < _release(span_of(package).oldest)
 
 
 def require(package: str, version: str) -> None:

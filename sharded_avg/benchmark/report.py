@@ -11,10 +11,10 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..version import installed_version
 from .growth import Growth
 from .timing import OURS, Memory, Timing
 
@@ -154,9 +154,5 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """Versions of everything that is measured, as far as installed."""
     found = {"Python": platform.python_version(), "torch": torch.__version__}  # its build, too, which metadata may lack
-    for package in ("lightning", "ema-pytorch", "deepspeed"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    named = {package: installed_version(package) for package in ("lightning", "ema-pytorch", "deepspeed")}
+    return found | {package: version for package, version in named.items() if version is not None}

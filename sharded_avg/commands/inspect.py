@@ -19,8 +19,8 @@ from ..files.source import AbstractSource, TensorInfo
 from ..formats.open import StrPath, open_source
 from ..saved.manifest import FORMAT
 from ..saved.sources import SavedAverages, saved_averages
-from .shares import told_by
 from .sums.profile_plot import draw_shares, require_matplotlib
+from .sums.shares import told_by
 
 _STRETCHES, _DRAWN = 10, 100  # of a profile: told, and in a picture
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")

@@ -20,14 +20,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
 import torch.distributed as dist
 
 from .. import EngineVersionError
-from ..integration import how_to_install, is_too_old, requirement
+from ..integration import how_to_install, installed_version, is_too_old, requirement
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 # strategy class -> the attribute that says whether it writes folders, and the value that does
@@ -60,7 +59,7 @@ def callback_class() -> type:
 
 def _callback_of(package: str) -> type | str:
     """The class, or why it cannot be had. One that is too old is not imported, so that it is known who did."""
-    version = getattr(sys.modules.get(package), "__version__", None) or _installed_version(package.partition(".")[0])
+    version = getattr(sys.modules.get(package), "__version__", None) or installed_version(package.partition(".")[0])
     if version is not None and is_too_old("lightning", version):
         return f"{version} is too old"
     try:
@@ -71,13 +70,6 @@ def _callback_of(package: str) -> type | str:
     if is_too_old("lightning", version := getattr(module, "__version__", "")):  # another copy than was installed
         return f"{version} is too old"
     return callback
-
-
-def _installed_version(root: str) -> str | None:
-    try:
-        return metadata.version(root)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def tell_left_out() -> None:

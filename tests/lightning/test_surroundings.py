@@ -232,7 +232,7 @@ def test_an_old_one_beside_a_good_one_is_told_to_who_imported_it(
 ) -> None:
     """Its Trainer might train without averaging, in silence. Who uses the good one is let be."""
     with monkeypatch.context() as patch:
-        patch.setattr("sharded_avg.lightning.trainers.metadata.version", lambda name: "1.9.5")
+        patch.setattr("sharded_avg.lightning.trainers.installed_version", lambda name: "1.9.5")
         patch.delitem(sys.modules, "pytorch_lightning")  # nobody has imported it
         assert callback_class().__bases__ == (lightning.Callback,)
         assert "pytorch_lightning" not in sys.modules

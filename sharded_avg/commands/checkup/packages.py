@@ -9,9 +9,8 @@ import platform
 import re
 import sys
 from dataclasses import replace
-from importlib import metadata
 
-from ...version import WORKS_WITH, how_to_install, is_too_old, require_torch
+from ...version import how_to_install, installed_version, is_too_old, require_torch, span_of
 from .finding import ABSENT, FAILS, OK, Finding
 from .trials import LONGER, attempt, ran_out_of_time
 
@@ -50,9 +49,9 @@ def _without_torch(cause: BaseException | None) -> Finding:
     if cause is None:
         import torch
 
-        found = f"{torch.__version__}, older than {WORKS_WITH['torch'].oldest}"
+        found = f"{torch.__version__}, older than {span_of('torch').oldest}"
         return Finding("torch", FAILS, found, how_to_install("torch"))
-    installed, failure = _version_of("torch"), " ".join(str(cause).split())
+    installed, failure = installed_version("torch"), " ".join(str(cause).split())
     if installed is None:
         return Finding("torch", FAILS, failure, how_to_install("torch"))
     return Finding("torch", FAILS, f"{installed}, cannot be imported: {failure}", how_to_install("torch", again=True))
@@ -60,13 +59,12 @@ def _without_torch(cause: BaseException | None) -> Finding:
 
 def trainer(package: str) -> Finding:
     """Lightning under either of its names, or DeepSpeed."""
-    version = _version_of(package)
+    version = installed_version(package)
     if version is None:
         return Finding(package, ABSENT, f"needed for {TRAINERS[package][1]} only", how_to_install(package))
-    known = "deepspeed" if package == "deepspeed" else "lightning"
-    if is_too_old(known, version):
-        return Finding(package, FAILS, f"{version}, older than {WORKS_WITH[known].oldest}", how_to_install(package))
-    return Finding(package, OK, f"{version}; {_run_with(known)}")
+    if is_too_old(package, version):
+        return Finding(package, FAILS, f"{version}, older than {span_of(package).oldest}", how_to_install(package))
+    return Finding(package, OK, f"{version}; {_run_with(package)}")
 
 
 def imported(found: Finding, end: float) -> Finding:
@@ -89,7 +87,7 @@ def not_imported(found: Finding, why: str) -> Finding:
 
 def optional(package: str) -> Finding:
     """What is used where it is there."""
-    version = _version_of(package)
+    version = installed_version(package)
     if version is None:
         return Finding(
             package, ABSENT, f"for {OPTIONAL[package]}", "" if package == "numpy" else how_to_install(package)
@@ -109,12 +107,4 @@ def _advice(package: str, failure: str) -> str:
 
 
 def _run_with(package: str) -> str:
-    oldest, newest = WORKS_WITH[package]
-    return f"run with {oldest} to {newest}"
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return "run with {} to {}".format(*span_of(package))

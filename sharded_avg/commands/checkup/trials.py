@@ -28,7 +28,7 @@ def attempt(code: str, end: float) -> str:
     began = time.monotonic()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONFAULTHANDLER"}  # comes last
     with subprocess.Popen(
-        [sys.executable, "-u", "-W", "ignore", "-c", code],  # else what it printed may come after why it failed
+        [sys.executable, "-u", "-W", "ignore", "-c", code],  # buffered, what it printed may come after why it failed
         env=environment | {"PATH": search_path()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

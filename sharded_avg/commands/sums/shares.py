@@ -7,10 +7,10 @@ from itertools import islice
 from math import fsum
 from typing import Any
 
-from ..averages.history import History
-from ..averages.profile import moments, profile
-from ..errors import ConfigError
-from ..rules.from_settings import rule_of
+from ...averages.history import History
+from ...averages.profile import moments, profile
+from ...errors import ConfigError
+from ...rules.from_settings import rule_of
 
 _MOST_UPDATES = 1_000_000  # that are looked at: a file may claim any number
 

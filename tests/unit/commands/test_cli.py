@@ -19,7 +19,7 @@ from torch import nn
 from sharded_avg import EMA, SWA, Schedule, ShardedAverage
 from sharded_avg.commands.arguments import num_bytes
 from sharded_avg.commands.cli import main
-from sharded_avg.commands.shares import told_by
+from sharded_avg.commands.sums.shares import told_by
 from sharded_avg.files import sinks
 from sharded_avg.files.stored import Stored, StoredFile
 from sharded_avg.formats.open import open_source

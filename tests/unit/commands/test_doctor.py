@@ -46,7 +46,7 @@ def test_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "_version_of", lambda package: None)
+    monkeypatch.setattr(packages, "installed_version", lambda package: None)
     assert main(["doctor", "--quick"]) == 0  # what is absent is no failure
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("sharded-avg ")
@@ -56,7 +56,7 @@ def test_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
 
 def test_what_is_too_old_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With what to install, on both streams and in the exit code."""
-    monkeypatch.setattr(packages, "_version_of", lambda package: "0.9.0" if package == "deepspeed" else None)
+    monkeypatch.setattr(packages, "installed_version", lambda package: "0.9.0" if package == "deepspeed" else None)
     assert main(["doctor", "--quick", "--json"]) == 1
     out, err = capsys.readouterr()
     said = json.loads(out)
