@@ -247,6 +247,17 @@ def test_an_old_one_beside_a_good_one_is_told_to_who_imported_it(
         EMAWeightAveraging(decay=DECAY)  # once
 
 
+def test_another_copy_than_the_installed_one_is_too_old(left_out_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an installer wrote is of the one, and what is first on the path is the other."""
+    old = mock.Mock(__version__="1.9.5", Callback=lightning.Callback)
+    with monkeypatch.context() as patch:
+        for package in PACKAGES:
+            patch.delitem(sys.modules, package)
+        patch.setattr("sharded_avg.lightning.trainers.importlib.import_module", lambda name: old)
+        with pytest.raises(EngineVersionError, match=r"pytorch_lightning 1\.9\.5 is too old"):
+            callback_class()
+
+
 def test_old_ones_are_told_in_one_sentence(left_out_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         for package in PACKAGES:
